@@ -1,0 +1,96 @@
+"""The planner, and that no more than its chunk is ever in memory."""
+
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kl_cases import IMPLS, evaluate, make_inputs, workspace
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from esr_kernels import linear_reverse_kl
+from esr_kernels.kl.chunked import plan_chunks, row_stride
+
+
+def sizes(borders: list[int]) -> list[int]:
+    return [stop - start for start, stop in pairwise(borders)]
+
+
+@settings(deadline=None)
+@given(
+    num_rows=st.integers(0, 30_000),
+    vocab_size=st.integers(1, 300_000),
+    rows=st.none() | st.integers(1, 5000),
+)
+def test_chunks_cover_the_rows_within_the_cap(
+    num_rows: int, vocab_size: int, rows: int | None
+) -> None:
+    row_bytes = 8 * row_stride(vocab_size, 4)
+    borders = plan_chunks(num_rows, row_bytes, None if rows is None else rows * row_bytes)
+    chunks = sizes(borders)
+    cap = rows or min(max(600_000_000 // row_bytes, 512), 2048)
+    assert borders[0] == 0
+    assert borders[-1] == num_rows
+    assert sum(chunks) == num_rows
+    if num_rows:
+        assert 0 < min(chunks) <= max(chunks) == chunks[0] <= cap
+        unit = 128 if cap >= 512 else 1
+        assert len(chunks) == ceil(ceil(num_rows / unit) / (cap // unit))  # the fewest
+        assert max(chunks) - min(chunks) < 2 * unit  # no sliver
+
+
+def test_default_chunks() -> None:
+    row_bytes = 8 * 151936
+    assert sizes(plan_chunks(1600, row_bytes, None)) == [512, 384, 384, 320]
+    assert sizes(plan_chunks(100, row_bytes, None)) == [100]
+    assert 512 * row_bytes <= 0.7e9
+    assert 512 * 8 * 262144 <= 1.2e9
+
+
+class Allocations(TorchDispatchMode):
+    """The size of the largest tensor that an operator returns, and the operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_bytes = 0
+        self.operators: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operators.add(str(func))
+        if isinstance(result, torch.Tensor):
+            self.most_bytes = max(self.most_bytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_more_than_a_chunk_in_memory(impl: str) -> None:
+    inputs = make_inputs(64, 512, 512, student_dim=4, teacher_dim=4)
+    with Allocations() as seen:
+        evaluate(linear_reverse_kl, inputs, impl=impl, max_workspace_bytes=workspace(4, 512))
+    assert seen.most_bytes == workspace(4, 512)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_frozen_head_costs_no_gradient_of_it(impl: str) -> None:
+    inputs = make_inputs(num_rows=3, student_vocab=512, teacher_vocab=511, student_dim=100)
+    for train_head, expected in ((True, True), (False, False)):
+        with Allocations() as seen:
+            evaluate(linear_reverse_kl, inputs, train_head=train_head, impl=impl)
+        made = {"aten.addmm.out", "aten.zeros_like.default"} & seen.operators
+        assert bool(made) == expected
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_host_never_waits(reduction: str) -> None:
+    inputs = make_inputs(bias=True, softcap=2.0)
+    options = {"reduction": reduction, "token_weights": torch.rand(7)}
+    with Allocations() as seen:
+        evaluate(linear_reverse_kl, inputs, impl="torch", **options)
+    synchronising = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.")
+    assert not [name for name in seen.operators if any(word in name for word in synchronising)]

@@ -1,0 +1,103 @@
+"""Bad input is refused by name, with what was expected and what came."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from kl_cases import workspace
+
+from esr_kernels import LMHead, linear_reverse_kl
+
+N, V, D = 5, 40, 8
+ones = torch.ones
+GOOD: dict[str, Any] = {
+    "student_hidden": ones(N, D),
+    "student_head": ones(V, D),
+    "teacher_hidden": ones(N, D + 1),
+    "teacher_head": ones(V + 2, D + 1),
+}
+BAD: list[tuple[str, str, dict[str, Any]]] = [
+    ("student_hidden", "[1, 5, 8]", {"student_hidden": ones(1, N, D)}),
+    ("student_hidden", "list", {"student_hidden": [[1.0]]}),
+    ("student_hidden", "int64", {"student_hidden": ones(N, D, dtype=torch.int64)}),
+    ("teacher_hidden", "[9]", {"teacher_hidden": ones(D + 1)}),
+    ("teacher_hidden", "6", {"teacher_hidden": ones(N + 1, D + 1)}),
+    ("teacher_hidden", "meta", {"teacher_hidden": ones(N, D + 1, device="meta"),
+                                "teacher_head": ones(V, D + 1, device="meta")}),
+    ("student_head", "[320]", {"student_head": ones(V * D)}),
+    ("student_head", "int64", {"student_head": ones(V, D, dtype=torch.int64)}),
+    ("student_head", "str", {"student_head": "lm_head"}),
+    ("student_head", "[40, 9]", {"student_head": ones(V, D + 1)}),
+    ("student_head", "bfloat16", {"student_head": ones(V, D, dtype=torch.bfloat16)}),
+    ("student_head", "meta", {"student_head": ones(V, D, device="meta")}),
+    ("teacher_head", "[42, 8]", {"teacher_head": LMHead(ones(V + 2, D))}),
+    ("teacher_head", "float16", {"teacher_head": LMHead(ones(V, D + 1).half())}),
+    ("token_weights", "[4]", {"token_weights": ones(N - 1)}),
+    ("token_weights", "[5, 1]", {"token_weights": ones(N, 1)}),
+    ("token_weights", "list", {"token_weights": [1.0] * N}),
+    ("token_weights", "complex64", {"token_weights": ones(N, dtype=torch.complex64)}),
+    ("token_weights", "meta", {"token_weights": ones(N, device="meta")}),
+    ("temperature", "0", {"temperature": 0}),
+    ("temperature", "-1.0", {"temperature": -1.0}),
+    ("temperature", "nan", {"temperature": float("nan")}),
+    ("temperature", "tensor", {"temperature": ones(())}),
+    ("teacher_temperature", "0.0", {"teacher_temperature": 0.0}),
+    ("vocab_size", "41", {"vocab_size": V + 1}),
+    ("vocab_size", "0", {"vocab_size": 0}),
+    ("vocab_size", "3.0", {"vocab_size": 3.0}),
+    ("reduction", "batchmean", {"reduction": "batchmean"}),
+    ("normalizer", "float", {"normalizer": 3.0}),
+    ("normalizer", "[1]", {"normalizer": ones(1)}),
+    ("normalizer", "meta", {"normalizer": ones((), device="meta")}),
+    ("normalizer", "a normalizer", {"normalizer": ones(()), "reduction": "sum"}),
+    ("max_workspace_bytes", "511", {"max_workspace_bytes": workspace(1, V) - 1}),
+    ("max_workspace_bytes", "1000.0", {"max_workspace_bytes": 1e3}),
+    ("impl", "cuda", {"impl": "cuda"}),
+    ("impl", "triton", {"impl": "triton", "teacher_hidden": ones(N, D + 1).double(),
+                        "teacher_head": ones(V, D + 1).double()}),
+]  # fmt: skip
+
+
+def test_good_input_passes() -> None:
+    linear_reverse_kl(**GOOD, max_workspace_bytes=workspace(1, V), impl="triton")
+
+
+@pytest.mark.parametrize(("name", "got", "change"), BAD, ids=[f"{b[0]} {b[1]}" for b in BAD])
+def test_bad_input(name: str, got: str, change: dict[str, Any]) -> None:
+    pattern = rf"^{name}: expected .*, got .*{re.escape(got)}"
+    with pytest.raises(ValueError, match=pattern):
+        linear_reverse_kl(**(GOOD | change))
+
+
+def test_the_least_workspace_is_said() -> None:
+    with pytest.raises(ValueError, match="at least 512, the logits of one row"):
+        linear_reverse_kl(**GOOD, max_workspace_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vocab_map", torch.zeros(V + 2, dtype=torch.int64)), ("return_stats", True)],
+)
+def test_not_implemented_yet(name: str, value: Any) -> None:
+    with pytest.raises(NotImplementedError, match=f"^{name} "):
+        linear_reverse_kl(**GOOD, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("weight", (ones(3),)),
+        ("weight", (ones(3, 2, dtype=torch.int64),)),
+        ("weight", (None,)),
+        ("bias", (ones(3, 2), ones(2))),
+        ("bias", (ones(3, 2), ones(3).double())),
+        ("bias", (ones(3, 2), ones(3, device="meta"))),
+        ("softcap", (ones(3, 2), None, 0.0)),
+        ("softcap", (ones(3, 2), None, float("inf"))),
+        ("scale", (ones(3, 2), None, None, float("nan"))),
+    ],
+)
+def test_bad_head(name: str, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match=f"^LMHead {name}: expected .*, got "):
+        LMHead(*arguments)

@@ -26,14 +26,15 @@ aot: .venv/demo.stamp  ## compile the kernels without a GPU; fails on a register
 clean:
 	rm -rf .venv build dist *.egg-info
 
-.venv/bin/python:
+.venv/pip.stamp:
 	$(PYTHON) -m venv .venv
+	touch $@
 
-.venv/demo.stamp: setup.py constraints.txt | .venv/bin/python
+.venv/demo.stamp: setup.py constraints.txt | .venv/pip.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 # The test extra holds all that the demo needs.
-.venv/test.stamp: setup.py constraints.txt | .venv/bin/python
+.venv/test.stamp: setup.py constraints.txt | .venv/pip.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/demo.stamp $@

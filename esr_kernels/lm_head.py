@@ -50,6 +50,13 @@ class LMHead:
         if not math.isfinite(self.scale):
             raise ValueError(f"LMHead scale: expected a finite number, got {self.scale}")
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, D] -> [N, V] in the dtype of the inputs: the definition, not the loss's way."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
     @classmethod
     def from_model(cls, model: torch.nn.Module) -> LMHead:
         """The head of a transformers causal LM, PEFT-wrapped or not, as its forward uses it now.

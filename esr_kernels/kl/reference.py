@@ -11,14 +11,6 @@ import torch
 from esr_kernels.lm_head import LMHead
 
 
-def head_logits(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
-    """[N, D] -> [N, V], in the dtype of the inputs."""
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits
-
-
 def reverse_kl_rows(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """KL(student || teacher) of each row, [N, V] twice -> [N]; 0 * log 0 is 0."""
     student_logprobs = torch.log_softmax(student_logits, dim=-1)
@@ -54,8 +46,8 @@ def linear_reverse_kl_reference(
         vocab_size = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
     if teacher_temperature is None:
         teacher_temperature = temperature
-    student_logits = head_logits(student_hidden, student_head)[:, :vocab_size] / temperature
-    teacher_logits = head_logits(teacher_hidden, teacher_head)[:, :vocab_size] / teacher_temperature
+    student_logits = student_head.logits(student_hidden)[:, :vocab_size] / temperature
+    teacher_logits = teacher_head.logits(teacher_hidden)[:, :vocab_size] / teacher_temperature
     values = weights * reverse_kl_rows(student_logits, teacher_logits.to(student_logits.dtype))
     if reduction == "none":
         return values

@@ -10,7 +10,6 @@ import transformers
 from kl_cases import workspace
 
 from esr_kernels import LMHead, linear_reverse_kl
-from esr_kernels.kl.reference import head_logits
 
 VOCAB, DIM = 64, 16
 SIZES: dict[str, Any] = {
@@ -64,7 +63,7 @@ def assert_same_logits(model: Any) -> LMHead:
     head = LMHead.from_model(model)
     with torch.no_grad():
         output = model(input_ids=token_ids, output_hidden_states=True)
-        logits = head_logits(output.hidden_states[-1], head)
+        logits = head.logits(output.hidden_states[-1])
     torch.testing.assert_close(logits, output.logits, rtol=1e-5, atol=1e-6)
     return head
 

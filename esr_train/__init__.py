@@ -1,0 +1,1 @@
+"""A lean trainer for Early Stopping Rollout distillation: `python -m esr_train`."""

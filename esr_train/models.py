@@ -1,0 +1,222 @@
+"""Student and teacher, any causal LM of Transformers: loading, LoRA, hidden states, LM head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from esr_kernels import LMHead, linear_reverse_kl
+from esr_train.align import Vocabulary
+from esr_train.checkpoint import unreadable
+from esr_train.config import TrainConfig
+from esr_train.errors import UserError, first_line, loading_error
+from esr_train.rollout import Rollout
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 where asked for, or where nothing is said and the GPU has it."""
+    bf16 = config.bf16
+    if bf16 is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def load_model(name: str, role: str, config: TrainConfig, dtype: torch.dtype) -> Any:
+    """A Transformers causal LM from safetensors. Raises UserError naming `role` and the way out."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except Exception as error:
+        raise loading_error(role, name, "model", error) from error
+
+
+def load_student(config: TrainConfig, device: torch.device, checkpoint: Path | None = None) -> Any:
+    """The model to train: a PeftModel, or with use_peft=False the Transformers model itself.
+
+    LoRA keeps the frozen weights in the compute dtype and the adapters in float32; full fine-tuning
+    keeps float32 weights and computes under autocast. `checkpoint`: a saved folder to go on from.
+    """
+    name = str(config.model_name_or_path)
+    if not config.use_peft:
+        source = str(checkpoint or name)
+        model = load_model(source, "model_name_or_path", config, torch.float32)
+        disable_dropout(model)
+    else:
+        model = load_model(name, "model_name_or_path", config, compute_dtype(config, device))
+        disable_dropout(model)
+        model = _load_adapter(model, checkpoint) if checkpoint else _add_lora(model, config)
+    if config.gradient_checkpointing:
+        _checkpoint_activations(transformer(model))
+    # Models load in eval mode, where LoRA's dropout and checkpointing are off.
+    return model.to(device).train()
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Of the model, in training mode too: the student in the loss is the one that sampled."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):  # attention_dropout and its like
+                setattr(module, name, 0.0)
+
+
+def _load_adapter(model: Any, checkpoint: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    except Exception as error:  # of safetensors, peft, json
+        raise unreadable(checkpoint, error) from error
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # Transformers 5.23 renamed it; the old name warns there and is the only one before.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"gradient_checkpointing: {error}") from error
+
+
+def _add_lora(model: Any, config: TrainConfig) -> PeftModel:
+    targets: Any = config.lora_target_modules
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules {' '.join(targets)}: {first_line(error)}") from error
+
+
+def load_teacher(config: TrainConfig, device: torch.device) -> Any:
+    """The frozen teacher, in the compute dtype."""
+    name = str(config.teacher_model_name_or_path)
+    model = load_model(name, "teacher_model_name_or_path", config, compute_dtype(config, device))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def transformer(model: Any) -> Any:
+    """The Transformers model inside a PeftModel, adapters and all; or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def lm_head(model: Any, dtype: torch.dtype) -> LMHead:
+    """The model's LM head in `dtype`, differentiable where it trains."""
+    head = LMHead.from_model(model)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return replace(head, weight=head.weight.to(dtype), bias=bias)
+
+
+@torch.no_grad()
+def check_lm_head(model: Any, role: str) -> None:
+    """Refuse a model whose logits are not what `LMHead` makes of its hidden states.
+
+    A softcap, scale or head adapter that the loss ignored would train towards another distribution.
+    """
+    core = transformer(model)
+    was_training = core.training
+    core.eval()
+    try:
+        head = LMHead.from_model(model)
+        # Four tokens from over the vocabulary: one row could agree by chance.
+        input_ids = torch.linspace(0, head.weight.shape[0] - 1, 4, device=core.device).long()[None]
+        hidden = core.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        logits = head.logits(hidden[0]).float()
+        expected = core(input_ids=input_ids, use_cache=False).logits[0].float()
+    except ValueError as error:
+        raise UserError(f"{role}: {error}") from error
+    finally:
+        core.train(was_training)
+    difference = (logits - expected).norm() / expected.norm().clamp(min=1e-6)
+    if not difference < 0.02:  # bfloat16 rounding stays under 0.01; NaN is no agreement
+        raise UserError(
+            f"{role}: {type(core).__name__} makes its logits in a way the fused loss does not know "
+            f"(relative difference {difference:.2g}); please report the architecture"
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher, ready to be compared on the student's own rollouts.
+
+    student: what is trained and saved, a PeftModel or the Transformers model itself.
+    """
+
+    student: Any
+    teacher: Any
+    vocabulary: Vocabulary
+    dtype: torch.dtype
+    device: torch.device
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
+    def response_states(self, model: Any, rollout: Rollout) -> Tensor:
+        """Final hidden states [n, D] of the rows that predict a response token; no logits."""
+        with self.autocast():
+            output = transformer(model).get_decoder()(
+                input_ids=rollout.input_ids,
+                attention_mask=rollout.attention_mask.long(),
+                position_ids=rollout.position_ids,
+                use_cache=False,
+            )
+        return rollout.loss_rows(output.last_hidden_state).to(self.dtype)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Tensor:
+        """The teacher's hidden states [n, Dt] on the student's tokens."""
+        return self.response_states(self.teacher, rollout)
+
+    def reverse_kl(
+        self,
+        rollout: Rollout,
+        teacher_states: Tensor,
+        *,
+        reduction: str = "mean",
+        normalizer: Tensor | None = None,
+    ) -> Tensor:
+        """KL(student || teacher) over the response rows, differentiable in the student."""
+        return linear_reverse_kl(
+            self.response_states(self.student, rollout),
+            lm_head(self.student, self.dtype),
+            teacher_states,
+            lm_head(self.teacher, self.dtype),
+            vocab_size=self.vocabulary.size,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
+
+
+def load_pair(
+    config: TrainConfig,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    checkpoint: Path | None = None,
+) -> Pair:
+    """Both models. Raises UserError where the fused loss would not see their logits."""
+    student = load_student(config, device, checkpoint)
+    teacher = load_teacher(config, device)
+    check_lm_head(student, "model_name_or_path")
+    check_lm_head(teacher, "teacher_model_name_or_path")
+    return Pair(student, teacher, vocabulary, compute_dtype(config, device), device)

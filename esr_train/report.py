@@ -250,12 +250,16 @@ def markdown_table(*columns: str) -> Table:
     return table
 
 
-def show(table: Table) -> None:
-    """Print a Markdown table, without rich's empty lines around it."""
+def as_markdown(table: Table) -> str:
+    """The table as text, without rich's empty lines around it."""
     console = Console(width=200)
     with console.capture() as captured:
         console.print(table)
-    print(captured.get().strip() + "\n")
+    return captured.get().strip()
+
+
+def show(table: Table) -> None:
+    print(as_markdown(table) + "\n")
 
 
 def save_picture(figure: Any, path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from esr_train.config import TrainConfig
 from esr_train.eval.measure import Evaluation
 from esr_train.metrics import PHASES
@@ -20,14 +22,13 @@ from esr_train.report import (
 )
 
 
-def print_comparison(results: dict[str, dict[str, Any]], config: TrainConfig) -> None:
-    """A row each for the untrained student, ESR and full rollout; then which one scored more."""
-    cutoff = config.rollout_tokens
+def comparison_table(results: dict[str, dict[str, Any]]) -> Table:
+    """A row each for the untrained student, ESR and the full rollout."""
     esr, full = results["esr"], results["full"]
-    samples = esr["before"]["num_samples"]
+    cutoff = esr["rollout_tokens"]
     table = markdown_table(
         "",
-        f"accuracy, avg@{samples} (95 %)",
+        f"accuracy, avg@{esr['before']['num_samples']} (95 %)",
         f"KL, first {cutoff}",
         "KL beyond",
         *(f"{name.replace('_', ' ')}, s" for name in PHASES),
@@ -35,10 +36,15 @@ def print_comparison(results: dict[str, dict[str, Any]], config: TrainConfig) ->
         "memory growth",
     )
     table.add_row("student", *_quality(esr["before"], cutoff), *["-"] * 5)
-    names = {f"ESR, {cutoff} tokens": esr, "full rollout": full}
-    for name, result in names.items():
+    for name, result in {f"ESR, {cutoff} tokens": esr, "full rollout": full}.items():
         table.add_row(name, *_quality(result["after"], cutoff), *_cost(result))
-    show(table)
+    return table
+
+
+def print_comparison(results: dict[str, dict[str, Any]], config: TrainConfig) -> None:
+    """The table, and which of the two scored more at what cost."""
+    esr, full = results["esr"], results["full"]
+    show(comparison_table(results))
     ratio = full["train_seconds"] / esr["train_seconds"]
     gap = full["after"]["score"] - esr["after"]["score"]
     verdict = f"{abs(gap):.3f} {'higher' if gap > 0 else 'lower'}" if gap else "the same"

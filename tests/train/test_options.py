@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,3 +361,21 @@ def test_pictures_show_the_numbers(config):
     assert line.get_xdata().tolist()[:2] == [1.0, 3.0]  # bins of two positions
     assert line.get_ydata().tolist()[:2] == [0.5, 2.5]
     assert len(line.get_xdata()) == 30  # the position that one response reaches is left out
+
+
+def test_the_commit_is_that_of_the_source_or_none(tmp_path, monkeypatch):
+    from esr_train import report
+
+    source = Path(report.__file__)
+    found = report.source_commit()
+    head = subprocess.run(
+        ["git", "-C", str(source.parent), "rev-parse", "HEAD"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    assert (found or "").removesuffix("-dirty") == head
+    # Installed inside somebody else's repository: their commit is not ours.
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    installed = tmp_path / "site-packages" / "esr_train" / "report.py"
+    monkeypatch.setattr(report, "__file__", str(installed))
+    installed.parent.mkdir(parents=True)
+    assert report.source_commit() is None

@@ -142,9 +142,9 @@ def load_state(checkpoint: Path, optimizer: Any, scheduler: Any) -> int:
         state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        return int(state["step"])
     except Exception as error:  # of torch, zipfile, pickle
         raise unreadable(checkpoint, error) from error
-    return int(state["step"])
 
 
 def unreadable(checkpoint: Path, error: Exception) -> UserError:

@@ -38,8 +38,16 @@ setup(
             "mypy",
             "types-PyYAML",
             "types-tqdm",
+            "trl>=1.16,<1.17",
+            "liger-kernel>=0.8.5",
         ],
-        "bench": ["pytest>=8.0", "pytest-benchmark>=5.0"],
+        "bench": [
+            "pytest>=8.0",
+            "pytest-benchmark>=5.0",
+            "trl>=1.16,<1.17",
+            "liger-kernel>=0.8.5",
+            "orda-kernel>=0.1.0",
+        ],
         "flash": ["flash-attn>=2.7"],
         "vllm": ["vllm>=0.11"],
         "eval": [],  # the demo's grader needs nothing more; the benchmarks' graders will

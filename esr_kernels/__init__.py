@@ -1,6 +1,6 @@
 """Fused kernels for on-policy distillation. Triton is imported only when a kernel is first used."""
 
-from esr_kernels.kl import linear_reverse_kl
+from esr_kernels.kl import TokenStats, linear_reverse_kl, reverse_kl
 from esr_kernels.lm_head import LMHead
 
-__all__ = ["LMHead", "linear_reverse_kl"]
+__all__ = ["LMHead", "TokenStats", "linear_reverse_kl", "reverse_kl"]

@@ -1,7 +1,8 @@
 """`python -m esr_kernels.aot [sm_90 ...]`: compile every kernel without a GPU, fail on a spill.
 
-The variants are those that are really launched: gradient dtypes, with and without bias, weights and
-softcap, odd vocabularies. Prints registers, spills, shared memory and the global loads by width.
+The variants are those that are really launched: dtypes of logits and gradient, with and without
+bias, weights, softcap, statistics and vocabulary map, odd vocabularies. Prints registers, spills,
+shared memory and the global loads by width.
 Exit code 1 if a kernel spills or the compiler fails.
 """
 
@@ -22,7 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from esr_kernels.kl import group_kernels as group
 from esr_kernels.kl import kernels as kl
+from esr_kernels.kl.vocab import SHORT_GROUP
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,7 +33,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DEFAULT_TARGETS = ("sm_80", "sm_90")
 _AMD_LOAD_BITS = {
     "byte": 8,
     "short": 16,
@@ -61,45 +63,89 @@ class Report:
     loads: Counter[int]  # global load instructions by their width in bits
 
 
+_STRIDES = ("student_stride", "teacher_stride", "grad_stride", "num_columns", "num_readable")
+_FACTORS = ("student_inner", "student_outer", "teacher_inner", "teacher_outer")
+
+
 def variants() -> Iterator[Variant]:
-    """The row kernel as `triton_row_step` launches it."""
-    for name, grad, head, softcap, odd in (
-        ("bf16", "bf16", None, False, False),
-        ("bf16, odd V", "bf16", None, False, True),
-        ("bf16, bias, softcap", "bf16", "bf16", True, False),
-        ("fp16", "fp16", None, False, False),
-        ("fp32", "fp32", None, False, False),
-        ("fp32, bias, softcap, odd V", "fp32", "fp32", True, True),
-        ("no gradient", None, None, False, False),
-        ("no gradient, softcap", None, None, True, False),
+    """Every kernel as it is launched."""
+    # name, logits, gradient, bias, softcap, vocabulary map, statistics, V not a multiple of 16
+    for name, logits, grad, bias, softcap, mapped, stats, odd in (
+        ("bf16", "fp32", "bf16", None, False, False, False, False),
+        ("bf16, odd V", "fp32", "bf16", None, False, False, False, True),
+        ("bf16, bias, softcap", "fp32", "bf16", "bf16", True, False, False, False),
+        ("bf16, statistics", "fp32", "bf16", None, False, False, True, False),
+        ("bf16, bias, softcap, statistics", "fp32", "bf16", "bf16", True, False, True, False),
+        ("bf16, map", "fp32", "bf16", None, False, True, False, False),
+        ("bf16, map, statistics, odd V", "fp32", "bf16", None, False, True, True, True),
+        ("fp16", "fp32", "fp16", None, False, False, False, False),
+        ("fp32", "fp32", "fp32", None, False, False, False, False),
+        ("fp32, bias, softcap, odd V", "fp32", "fp32", "fp32", True, False, False, True),
+        ("fp32, map, softcap, statistics", "fp32", "fp32", "fp32", True, True, True, False),
+        ("no gradient", "fp32", None, None, False, False, False, False),
+        ("no gradient, softcap", "fp32", None, None, True, False, False, False),
+        ("no gradient, statistics", "fp32", None, None, False, False, True, False),
+        ("no gradient, map, statistics", "fp32", None, None, False, True, True, False),
+        ("logits bf16", "bf16", "bf16", None, False, False, False, False),
+        ("logits bf16, statistics", "bf16", "bf16", None, False, False, True, False),
+        ("logits fp16", "fp16", "fp16", None, False, False, False, False),
+        ("logits fp32", "fp32", "fp32", None, False, False, False, False),
+        ("logits bf16, no gradient", "bf16", None, None, False, False, False, False),
     ):
-        types: dict[str, str | None] = dict.fromkeys(
-            ("student_stride", "teacher_stride", "grad_stride", "num_columns", "num_readable"),
-            "i32",
-        )
-        factors = ("student_inner", "student_outer", "teacher_inner", "teacher_outer")
-        types |= dict.fromkeys(factors, "fp32")
-        types |= dict.fromkeys(("student_ptr", "teacher_ptr", "values_ptr"), "*fp32")
-        types["weights_ptr"] = "*fp32" if odd or grad is None else None
-        types["grad_ptr"] = None if grad is None else f"*{grad}"
-        types |= dict.fromkeys(
-            ("student_bias_ptr", "teacher_bias_ptr"), None if head is None else f"*{head}"
-        )
+        types: dict[str, str | None] = dict.fromkeys(_STRIDES, "i32")
+        types |= dict.fromkeys(_FACTORS, "fp32")
+        types |= {
+            "student_ptr": f"*{logits}",
+            "teacher_ptr": "*fp32" if mapped else f"*{logits}",
+            "grad_ptr": f"*{grad}" if grad else None,
+            "student_bias_ptr": f"*{bias}" if bias else None,
+            "teacher_bias_ptr": f"*{bias}" if bias and not mapped else None,
+            "weights_ptr": "*fp32" if odd or stats or grad is None else None,
+            "values_ptr": "*fp32",
+            "stats_ptr": "*fp32" if stats else None,
+            "stats_stride": "i32",
+        }
         flags = {
             "STUDENT_SOFTCAP": softcap,
-            "TEACHER_SOFTCAP": softcap,
+            "TEACHER_SOFTCAP": softcap and not mapped,
+            "MAPPED": mapped,
             "WITH_GRAD": grad is not None,
-            "BLOCK_SIZE": kl.BLOCK_SIZE,
+            "WITH_STATS": stats,
+            "BLOCK_SIZE": kl.STATS_BLOCK_SIZE if stats else kl.BLOCK_SIZE,
         }
-        unaligned = {"values_ptr", "weights_ptr"} | ({"num_columns"} if odd else set())
+        unaligned = {"values_ptr", "weights_ptr", "stats_ptr", "stats_stride"}
         yield Variant(
             f"reverse_kl_row ({name})",
             kl.reverse_kl_row_kernel,
             types,
             flags,
-            frozenset(unaligned),
+            frozenset(unaligned | ({"num_columns"} if odd else set())),
             kl.NUM_WARPS,
         )
+    for name, bias, softcap in (("plain", None, False), ("bias, softcap", "bf16", True)):
+        types = {
+            "logits_ptr": "*fp32",
+            "bias_ptr": f"*{bias}" if bias else None,
+            "weights_ptr": "*fp32",
+            "grouped_ptr": "*fp32",
+            "inner": "fp32",
+            "outer": "fp32",
+        }
+        types |= dict.fromkeys(("order_ptr", "offsets_ptr", "by_size_ptr", "num_long_ptr"), "*i32")
+        types |= dict.fromkeys(("logits_stride", "grouped_stride", "num_groups"), "i32")
+        for part, kernel, flags in (
+            ("short", group.group_short_kernel, {"BLOCK_SIZE": group.BLOCK_SIZE}),
+            ("long", group.group_long_kernel, {"BLOCK_SIZE": group.LONG_BLOCK_SIZE}),
+        ):
+            flags |= {"SOFTCAP": softcap, "SHORT": SHORT_GROUP, "PROGRAMS": group.LONG_PROGRAMS}
+            yield Variant(
+                f"group_{part} ({name})",
+                kernel,
+                types,
+                {flag: value for flag, value in flags.items() if flag in kernel.arg_names},
+                frozenset({"weights_ptr", "num_groups"}),
+                group.NUM_WARPS,
+            )
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
@@ -116,7 +162,10 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
         if kind != "fp32" and name not in variant.unaligned:
             attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    return triton.compile(source, target=target, options={"num_warps": variant.num_warps})
+    options = {"num_warps": variant.num_warps}
+    if variant.flags.get("WITH_STATS") and target.backend == "cuda":
+        options |= {"maxnreg": kl.STATS_MAX_REGISTERS}
+    return triton.compile(source, target=target, options=options)
 
 
 def inspect(compiled: Any, target: GPUTarget) -> Report:
@@ -156,7 +205,7 @@ def _inspect_amdgcn(compiled: Any) -> Report:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esr_kernels.aot", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="target", help=", ".join(TARGETS))
-    names = parser.parse_args(arguments).targets or DEFAULT_TARGETS
+    names = parser.parse_args(arguments).targets or list(TARGETS)
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"target: expected one of {list(TARGETS)}, got {unknown}")
     if kl.INTERPRETED:
@@ -168,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed |= report.spills > 0
             loads = ", ".join(f"{n} x {bits}" for bits, n in sorted(report.loads.items())[::-1])
             print(
-                f"{name:7} {variant.name:44} registers {report.registers:3}  "
+                f"{name:7} {variant.name:52} registers {report.registers:3}  "
                 f"spills {report.spills:3}  shared {report.shared_bytes:4} B  "
                 f"loads {loads} bit{'  SPILLS' if report.spills else ''}"
             )

@@ -57,6 +57,14 @@ class LMHead:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
+    def local(self) -> LMHead:
+        """The head with DTensors (FSDP2, tensor parallel) gathered."""
+        weight = local(self.weight)
+        if weight is self.weight:
+            return self
+        bias = None if self.bias is None else local(self.bias)
+        return LMHead(weight, bias, self.softcap, self.scale)
+
     @classmethod
     def from_model(cls, model: torch.nn.Module) -> LMHead:
         """The head of a transformers causal LM, PEFT-wrapped or not, as its forward uses it now.
@@ -81,6 +89,19 @@ class LMHead:
         if vocab_size is not None and vocab_size < weight.shape[0]:
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         return cls(weight, bias, softcap, scale)
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """A DTensor gathered on every rank; any other tensor as it is.
+
+    Backward takes every rank's gradient for its own tokens' and averages them over the ranks, as
+    FSDP2 does with those of the layers.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
 def _describe(value: Any) -> str:
@@ -142,12 +163,12 @@ def _plain_linear(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     plain = (
         isinstance(layer, torch.nn.Linear)
         and type(layer).forward is torch.nn.Linear.forward
-        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and (type(weight) in (torch.Tensor, torch.nn.Parameter) or hasattr(weight, "full_tensor"))
         and weight.is_floating_point()
     )
     if not plain:
         raise ValueError(
-            "model: expected an LM head that is a plain torch.nn.Linear, not quantised or sharded, "
+            "model: expected an LM head that is a plain torch.nn.Linear, not quantised, "
             f"got {type(layer).__name__} with a weight of {type(weight).__name__}"
         )
     if weight.is_meta:

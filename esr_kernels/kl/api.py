@@ -1,31 +1,61 @@
-"""`linear_reverse_kl`: the public function, its checks, and the choice of implementation."""
+"""`linear_reverse_kl` and `reverse_kl`: the public functions."""
 
 from __future__ import annotations
 
-import math
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
-from esr_kernels.kl.chunked import (
-    Call,
-    LinearReverseKL,
-    Reduce,
-    RowStep,
-    Side,
-    Wanted,
-    accumulate_dtype,
-    row_stride,
-    torch_row_step,
+from esr_kernels.kl.autograd import LinearReverseKL, Reduce
+from esr_kernels.kl.checks import (
+    backend,
+    check_logits,
+    check_reduction,
+    check_side,
+    check_temperature,
+    check_vocab_map,
+    check_workspace,
+    common_vocab,
+    error,
+    head,
+    inverse,
+    weights,
 )
+from esr_kernels.kl.chunked import Call, Side, Wanted, accumulate_dtype, run_chunks
+from esr_kernels.kl.logits import LogitsCall, ReverseKL, run_rows
+from esr_kernels.kl.opaque import opaque
+from esr_kernels.kl.planner import row_strides
+from esr_kernels.kl.rows import Activation
+from esr_kernels.kl.stats import STATS, TokenStats, make_stats
+from esr_kernels.kl.vocab import make_groups
 from esr_kernels.lm_head import LMHead
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_REDUCTIONS = ("mean", "sum", "none")
-_IMPLS = ("auto", "triton", "torch")
+
+@overload
+def linear_reverse_kl(
+    student_hidden: torch.Tensor,
+    student_head: LMHead | torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: LMHead | torch.Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Any,
+) -> torch.Tensor: ...
 
 
+@overload
+def linear_reverse_kl(
+    student_hidden: torch.Tensor,
+    student_head: LMHead | torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: LMHead | torch.Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Any,
+) -> tuple[torch.Tensor, TokenStats]: ...
+
+
+@opaque
 def linear_reverse_kl(
     student_hidden: torch.Tensor,
     student_head: LMHead | torch.Tensor,
@@ -42,7 +72,7 @@ def linear_reverse_kl(
     return_stats: bool = False,
     max_workspace_bytes: int | None = None,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
     """Per-token KL(student || teacher), exact, with logits only ever a chunk of rows at a time.
 
     Equivalent to, at the precision of float32 logits::
@@ -56,6 +86,9 @@ def linear_reverse_kl(
         kl = token_weights * (s.exp() * (s - t)).sum(-1)
         return {"mean": kl.sum() / token_weights.sum(), "sum": kl.sum(), "none": kl}[reduction]
 
+    With `vocab_map`, `t` is the log-sum-exp of the teacher's logits over the ids of a student id,
+    ids of -1 left out, and both softmaxes run over the student ids that some teacher id maps to.
+
     Gradients flow to `student_hidden` and, where they require it, to weight and bias of
     `student_head`; never to the teacher, the weights or the normalizer. They are made in the
     forward pass, except under reduction="none" with a trained head, where backward makes them. A
@@ -63,123 +96,88 @@ def linear_reverse_kl(
 
     Args:
         student_hidden: [N, Ds], float32, bfloat16, float16, or float64 (impl="torch").
-        student_head: LMHead, or its weight [Vs, Ds]; dtype and device of `student_hidden`.
+        student_head: LMHead, or its weight [Vs, Ds]; dtype and device of `student_hidden`. A
+            DTensor is gathered once a call; its gradient is the mean over the ranks, as FSDP2's.
         teacher_hidden: [N, Dt]; the dtype may differ from the student's.
         teacher_head: LMHead, or its weight [Vt, Dt]; dtype and device of `teacher_hidden`.
-        token_weights: [N], >= 0. A row of weight 0 is left out of value and gradient, even if its
-            hidden states hold NaN. Default 1.
+        token_weights: [N], >= 0, also bool or int. A row of weight 0 is left out of value and
+            gradient, even if its hidden states hold NaN. Default 1.
         temperature: divides both models' logits; no factor T**2 is applied.
         teacher_temperature: overrides the teacher's.
         vocab_size: the common prefix that both softmaxes run over; default min(Vs, Vt).
-        vocab_map: for models with different tokenizers; not implemented yet.
+        vocab_map: [Vt] int64, for models with different tokenizers: the student id that each
+            teacher id counts for, many to one, -1 for none. A student id that nothing maps to gets
+            no gradient. Excludes `vocab_size`: all rows of both heads take part.
         reduction: "mean" divides by the sum of the weights, "sum" does not, "none" gives [N].
         normalizer: 0-d tensor that replaces the sum of the weights in "mean", as the token count of
             all processes and accumulation steps does. Where the divisor is 0 the result is 0.
-        return_stats: also return per-token statistics; not implemented yet.
+        return_stats: return (result, TokenStats): KL, entropies, ranks of every row, detached.
         max_workspace_bytes: cap on the logits in flight: 8 B * V a row (16 B in float64), V rounded
-            up to 32 (16). Default: 512 rows or 600 MB, whichever is more, at most 2048 rows.
+            up to 32 (16); with `vocab_map` 4 B * (2 Vs + Vt). Default: 512 rows or 600 MB,
+            whichever is more, at most 2048 rows. 150_000_000 keeps all extra memory under 0.2 GB at
+            V = 152k, for any N (docs/kernels.md).
         impl: "triton", "torch", or "auto": triton for tensors on a GPU, torch elsewhere.
 
     Returns:
-        0-d, or [N] for reduction="none"; float32, or float64 if an input is. The inputs' dtypes
-        decide the precision, not autocast. Logits of -inf count as -1e30.
+        0-d, or [N] for reduction="none"; with `return_stats` a pair of that and TokenStats.
+        float32, or float64 if an input is. The inputs' dtypes decide the precision, not autocast.
+        Logits of -inf count as -1e30.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came. Negative weights and ids
+            of `vocab_map` out of range are found on the CPU; on a GPU, where it would wait for the
+            values, only if the environment has ESR_KERNELS_CHECK_VALUES=1.
     """
-    if vocab_map is not None:
-        raise NotImplementedError("vocab_map is not implemented yet: expected None")
-    if return_stats:
-        raise NotImplementedError("return_stats is not implemented yet: expected False")
-    student_head = _head("student_head", student_head)
-    teacher_head = _head("teacher_head", teacher_head)
-    _check_side("student", student_hidden, student_head)
-    _check_side("teacher", teacher_hidden, teacher_head)
+    student_head = head("student_head", student_head)
+    teacher_head = head("teacher_head", teacher_head)
+    check_side("student", student_hidden, student_head)
+    check_side("teacher", teacher_hidden, teacher_head)
     num_rows, device = student_hidden.shape[0], student_hidden.device
     if teacher_hidden.shape[0] != num_rows:
-        raise _error(
-            "teacher_hidden",
-            f"{num_rows} rows as in student_hidden",
-            f"{teacher_hidden.shape[0]}",
-        )
+        expected = f"{num_rows} rows as in student_hidden"
+        raise error("teacher_hidden", expected, teacher_hidden.shape[0])
     if teacher_hidden.device != device:
-        raise _error("teacher_hidden", f"device {device}", teacher_hidden.device)
+        raise error("teacher_hidden", f"device {device}", teacher_hidden.device)
     if teacher_temperature is None:
         teacher_temperature = temperature
-    _check_temperature("temperature", temperature)
-    _check_temperature("teacher_temperature", teacher_temperature)
-    if reduction not in _REDUCTIONS:
-        raise _error("reduction", f"one of {_REDUCTIONS}", repr(reduction))
-    vocab_size = _vocab_size(vocab_size, student_head, teacher_head)
+    check_temperature("temperature", temperature)
+    check_temperature("teacher_temperature", teacher_temperature)
+    check_reduction(reduction)
+    vocabs = student_head.weight.shape[0], teacher_head.weight.shape[0]
+    if vocab_map is None:
+        vocabs = (common_vocab(vocab_size, *vocabs),) * 2
+    else:
+        check_vocab_map(vocab_map, vocab_size, *vocabs, device)
 
-    student = _side(student_hidden, student_head, temperature, vocab_size)
+    student = _side(student_hidden, student_head, temperature, vocabs[0])
     with torch.no_grad():
-        teacher = _side(teacher_hidden, teacher_head, teacher_temperature, vocab_size)
+        teacher = _side(teacher_hidden, teacher_head, teacher_temperature, vocabs[1])
     dtype = torch.promote_types(accumulate_dtype(student), accumulate_dtype(teacher))
-    _check_workspace(max_workspace_bytes, vocab_size, dtype)
-    row_step = _row_step(impl, device, dtype)
-    weights = _weights(token_weights, num_rows, device, dtype)
-    inverse = _inverse(reduction, normalizer, weights, num_rows, device, dtype)
-    reduce = Reduce(reduction, inverse)
-    call = Call(student, teacher, weights, row_step, max_workspace_bytes, reduce)
-    if torch.compiler.is_compiling():  # opaque: nothing in it gains from being traced
-        return torch.compiler.disable(_run)(call)
-    return _run(call)
+    strides = row_strides(*vocabs, vocab_map is not None, dtype.itemsize)
+    check_workspace(max_workspace_bytes, sum(strides) * dtype.itemsize)
+    row_weights = weights(token_weights, num_rows, device, dtype)
+    reduce = Reduce(reduction, inverse(reduction, normalizer, row_weights, num_rows, device, dtype))
+    call = Call(
+        student,
+        teacher,
+        row_weights,
+        backend(impl, device, dtype),
+        max_workspace_bytes,
+        None if vocab_map is None else make_groups(vocab_map, vocabs[0]),
+        torch.empty(len(STATS), num_rows, dtype=dtype, device=device) if return_stats else None,
+    )
+    result = _run(call, reduce)
+    return (result, make_stats(call.stats, row_weights)) if call.stats is not None else result
 
 
-def _run(call: Call) -> torch.Tensor:
-    inputs = (call.student.hidden, call.student.weight, call.student.bias)
+def _run(call: Call, reduce: Reduce) -> torch.Tensor:
+    student = call.student
+    inputs = (student.hidden, student.weight, student.activation.bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return LinearReverseKL.apply(*inputs, call)
+        return LinearReverseKL.apply(*inputs, call, reduce)
     with torch.no_grad():
-        values, _ = call.run(Wanted())
-        return call.reduce(values)
-
-
-def _error(name: str, expected: Any, got: Any) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, got {got}")
-
-
-def _head(name: str, head: Any) -> LMHead:
-    if isinstance(head, LMHead):
-        return head
-    if not isinstance(head, torch.Tensor):
-        raise _error(name, "an LMHead or its weight [V, D]", type(head).__name__)
-    if head.ndim != 2:
-        raise _error(name, "a weight [V, D]", f"shape {list(head.shape)}")
-    if not head.is_floating_point():
-        raise _error(name, f"one of {_DTYPES}", head.dtype)
-    return LMHead(head)
-
-
-def _check_side(who: str, hidden: Any, head: LMHead) -> None:
-    name = f"{who}_hidden"
-    if not isinstance(hidden, torch.Tensor):
-        raise _error(name, "a tensor [N, D]", type(hidden).__name__)
-    if hidden.ndim != 2:
-        raise _error(name, "shape [N, D]", f"shape {list(hidden.shape)}")
-    if hidden.dtype not in _DTYPES:
-        raise _error(name, f"one of {_DTYPES}", hidden.dtype)
-    weight = head.weight
-    if weight.shape[1] != hidden.shape[1]:
-        expected = f"a weight [V, {hidden.shape[1]}] for {name} {list(hidden.shape)}"
-        raise _error(f"{who}_head", expected, f"shape {list(weight.shape)}")
-    if weight.dtype != hidden.dtype:
-        raise _error(f"{who}_head", f"{hidden.dtype} as in {name} (cast one of them)", weight.dtype)
-    if weight.device != hidden.device:
-        raise _error(f"{who}_head", f"device {hidden.device} as in {name}", weight.device)
-
-
-def _check_temperature(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise _error(name, "a number > 0", repr(value))
-
-
-def _vocab_size(vocab_size: Any, student_head: LMHead, teacher_head: LMHead) -> int:
-    sizes = student_head.weight.shape[0], teacher_head.weight.shape[0]
-    if vocab_size is None:
-        vocab_size = min(sizes)
-    if not isinstance(vocab_size, int) or not 0 < vocab_size <= min(sizes):
-        expected = f"an int in 1..{min(sizes)} (student {sizes[0]}, teacher {sizes[1]} rows)"
-        raise _error("vocab_size", expected, vocab_size)
-    return vocab_size
+        values, _ = run_chunks(call, Wanted())
+        return reduce(values)
 
 
 def _side(hidden: torch.Tensor, head: LMHead, temperature: float, vocab_size: int) -> Side:
@@ -188,73 +186,105 @@ def _side(hidden: torch.Tensor, head: LMHead, temperature: float, vocab_size: in
     if vocab_size < weight.shape[0]:
         weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     bias = None if bias is None else bias.contiguous()  # the kernel has no stride for it
-    return Side(hidden, weight, bias, head.softcap, head.scale, temperature)
+    return Side(hidden, weight, Activation(bias, head.softcap, head.scale, temperature))
 
 
-def _check_workspace(max_workspace_bytes: Any, vocab_size: int, dtype: torch.dtype) -> None:
-    if max_workspace_bytes is None:
-        return
-    least = 2 * row_stride(vocab_size, dtype.itemsize) * dtype.itemsize
-    if not isinstance(max_workspace_bytes, int) or max_workspace_bytes < least:
-        expected = f"None or at least {least}, the logits of one row,"
-        raise _error("max_workspace_bytes", expected, max_workspace_bytes)
+@overload
+def reverse_kl(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Any,
+) -> torch.Tensor: ...
 
 
-def _row_step(impl: str, device: torch.device, dtype: torch.dtype) -> RowStep:
-    if impl not in _IMPLS:
-        raise _error("impl", f"one of {_IMPLS}", repr(impl))
-    if impl == "auto":
-        kernel_runs = device.type == "cuda" and dtype == torch.float32
-        impl = "triton" if kernel_runs and find_spec("triton") else "torch"
-    if impl == "torch":
-        return torch_row_step
-    from esr_kernels.kl import kernels
-
-    if dtype != torch.float32:
-        raise _error("impl", "'torch' for float64 inputs", repr(impl))
-    if device.type == "cpu" and not kernels.INTERPRETED:
-        expected = "'torch' for tensors on the CPU (or TRITON_INTERPRET=1 before the first import)"
-        raise _error("impl", expected, repr(impl))
-    return kernels.triton_row_step
+@overload
+def reverse_kl(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Any,
+) -> tuple[torch.Tensor, TokenStats]: ...
 
 
-def _weights(
-    token_weights: Any, num_rows: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor | None:
-    if token_weights is None:
-        return None
-    if not isinstance(token_weights, torch.Tensor) or token_weights.shape != (num_rows,):
-        got = getattr(token_weights, "shape", type(token_weights).__name__)
-        raise _error("token_weights", f"a tensor [{num_rows}]", got)
-    if token_weights.is_complex():
-        raise _error("token_weights", "a real dtype", token_weights.dtype)
-    if token_weights.device != device:
-        raise _error("token_weights", f"device {device}", token_weights.device)
-    return token_weights.detach().to(dtype).contiguous()
+@opaque
+def reverse_kl(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    token_weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: torch.Tensor | None = None,
+    return_stats: bool = False,
+    inplace: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
+    """Per-token KL(student || teacher) of two logit tensors, exact, in one pass over their rows.
 
+    Equivalent to, computed in float32 whatever the logits' dtype::
 
-def _inverse(
-    reduction: str,
-    normalizer: Any,
-    weights: torch.Tensor | None,
-    num_rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> torch.Tensor | None:
-    """1 / normalizer for "mean", 0 where that is 0; without looking at it from the host."""
-    if normalizer is not None:
-        if reduction != "mean":
-            raise _error("normalizer", f"None with reduction={reduction!r}", "a normalizer")
-        if not isinstance(normalizer, torch.Tensor) or normalizer.ndim != 0:
-            got = getattr(normalizer, "shape", type(normalizer).__name__)
-            raise _error("normalizer", "a 0-d tensor", got)
-        if normalizer.device != device:
-            raise _error("normalizer", f"device {device}", normalizer.device)
-        total = normalizer.detach().to(dtype)
-    elif reduction != "mean":
-        return None
-    elif weights is None:
-        total = torch.full((), num_rows, dtype=dtype, device=device)
+        V = vocab_size or min(student_logits.shape[1], teacher_logits.shape[1])
+        s = (student_logits[:, :V] / temperature).log_softmax(-1)
+        t = (teacher_logits[:, :V] / teacher_temperature).log_softmax(-1)
+        kl = token_weights * (s.exp() * (s - t)).sum(-1)
+        return {"mean": kl.sum() / token_weights.sum(), "sum": kl.sum(), "none": kl}[reduction]
+
+    The gradient flows to `student_logits` alone, in their dtype, and is made in the forward pass.
+    Where logits are 16 bits wide they are rounded already: `linear_reverse_kl` does not round them.
+
+    Args:
+        student_logits: [N, Vs], float32, bfloat16, float16, or float64 (impl="torch").
+        teacher_logits: [N, Vt]; dtype and width may differ from the student's.
+        inplace: the gradient overwrites the storage of `student_logits`, if they require one, and
+            backward runs once. Rows must not overlap, nor the two tensors. Otherwise no input is
+            written to, and the gradient takes memory of its own, twice during backward.
+        token_weights, temperature, teacher_temperature, vocab_size, reduction, normalizer,
+            return_stats, impl: as in `linear_reverse_kl`.
+
+    Returns:
+        As `linear_reverse_kl`.
+    """
+    check_logits("student_logits", student_logits)
+    check_logits("teacher_logits", teacher_logits)
+    num_rows, device = student_logits.shape[0], student_logits.device
+    if teacher_logits.shape[0] != num_rows:
+        expected = f"{num_rows} rows as in student_logits"
+        raise error("teacher_logits", expected, teacher_logits.shape[0])
+    if teacher_logits.device != device:
+        raise error("teacher_logits", f"device {device}", teacher_logits.device)
+    if inplace and (
+        student_logits.stride(1) != 1 or student_logits.stride(0) < student_logits.shape[1]
+    ):
+        expected = "rows side by side in memory with inplace=True"
+        raise error("student_logits", expected, f"strides {list(student_logits.stride())}")
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    check_temperature("temperature", temperature)
+    check_temperature("teacher_temperature", teacher_temperature)
+    check_reduction(reduction)
+    vocab_size = common_vocab(vocab_size, student_logits.shape[1], teacher_logits.shape[1])
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    row_weights = weights(token_weights, num_rows, device, dtype)
+    reduce = Reduce(reduction, inverse(reduction, normalizer, row_weights, num_rows, device, dtype))
+    call = LogitsCall(
+        teacher_logits.detach(),
+        Activation(temperature=temperature),
+        Activation(temperature=teacher_temperature),
+        row_weights,
+        backend(impl, device, dtype),
+        dtype,
+        vocab_size,
+        torch.empty(len(STATS), num_rows, dtype=dtype, device=device) if return_stats else None,
+    )
+    if torch.is_grad_enabled() and student_logits.requires_grad:
+        result = ReverseKL.apply(student_logits, call, reduce, inplace)
     else:
-        total = weights.sum()
-    return torch.where(total == 0, 0, total.reciprocal())
+        with torch.no_grad():
+            result = reduce(run_rows(student_logits, call, None))
+    return (result, make_stats(call.stats, row_weights)) if call.stats is not None else result

@@ -1,4 +1,4 @@
-"""The meaning of `linear_reverse_kl` in eager PyTorch, all materialised, with autograd's gradient.
+"""The meaning of `linear_reverse_kl` and `reverse_kl` in eager PyTorch, with autograd's gradient.
 
 In float64 this is the truth that the tests measure against; in the tested dtype it is the eager
 PyTorch that the kernels are compared with.
@@ -6,8 +6,11 @@ PyTorch that the kernels are compared with.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from esr_kernels.kl.stats import TokenStats
 from esr_kernels.lm_head import LMHead
 
 
@@ -22,6 +25,44 @@ def reverse_kl_rows(student_logits: torch.Tensor, teacher_logits: torch.Tensor) 
     return (probs * (student_logprobs - teacher_logprobs)).sum(dim=-1)
 
 
+def on_covered_ids(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, vocab_map: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both models' logits [N, C] of the student ids that the map reaches, in ascending order."""
+    covered = vocab_map[vocab_map >= 0].unique()
+    grouped = [teacher_logits[:, vocab_map == i].logsumexp(dim=-1) for i in covered]
+    return student_logits[:, covered], torch.stack(grouped, dim=-1)
+
+
+def token_stats_reference(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    token_weights: torch.Tensor,
+    vocab_map: torch.Tensor | None = None,
+) -> TokenStats:
+    """`TokenStats` of [N, V] logits that temperatures have divided already."""
+    kept = token_weights != 0
+    covered = [torch.ones_like(student_logits[:, 0]) for _ in range(2)]
+    if vocab_map is not None:
+        covered[0] = student_logits.softmax(-1)[:, vocab_map[vocab_map >= 0].unique()].sum(-1)
+        covered[1] = teacher_logits.softmax(-1)[:, vocab_map >= 0].sum(-1)
+        student_logits, teacher_logits = on_covered_ids(student_logits, teacher_logits, vocab_map)
+    kl = reverse_kl_rows(student_logits, teacher_logits)
+    student_probs, teacher_probs = student_logits.softmax(-1), teacher_logits.softmax(-1)
+    top1_prob, choice = student_probs.max(-1)
+    rank = (teacher_logits > teacher_logits.gather(1, choice.unsqueeze(1))).sum(-1)
+    return TokenStats(
+        kl=kl * kept,
+        student_entropy=-torch.special.xlogy(student_probs, student_probs).sum(-1) * kept,
+        teacher_entropy=-torch.special.xlogy(teacher_probs, teacher_probs).sum(-1) * kept,
+        student_top1_prob=top1_prob * kept,
+        teacher_rank_of_student_top1=rank * kept,
+        agree=(rank == 0) & kept,
+        student_covered=covered[0] * kept,
+        teacher_covered=covered[1] * kept,
+    )
+
+
 def linear_reverse_kl_reference(
     student_hidden: torch.Tensor,
     student_head: LMHead,
@@ -32,9 +73,11 @@ def linear_reverse_kl_reference(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     vocab_size: int | None = None,
+    vocab_map: torch.Tensor | None = None,
     reduction: str = "mean",
     normalizer: torch.Tensor | None = None,
-) -> torch.Tensor:
+    return_stats: bool = False,
+) -> Any:
     """Arguments as in `linear_reverse_kl`; the result has the dtype of the inputs."""
     if token_weights is None:
         token_weights = student_hidden.new_ones(student_hidden.shape[0])
@@ -42,16 +85,60 @@ def linear_reverse_kl_reference(
     skipped = (weights == 0).unsqueeze(1)
     student_hidden = student_hidden.masked_fill(skipped, 0)
     teacher_hidden = teacher_hidden.masked_fill(skipped, 0)
-    if vocab_size is None:
-        vocab_size = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
     if teacher_temperature is None:
         teacher_temperature = temperature
-    student_logits = student_head.logits(student_hidden)[:, :vocab_size] / temperature
-    teacher_logits = teacher_head.logits(teacher_hidden)[:, :vocab_size] / teacher_temperature
-    values = weights * reverse_kl_rows(student_logits, teacher_logits.to(student_logits.dtype))
+    student_logits = student_head.logits(student_hidden) / temperature
+    teacher_logits = teacher_head.logits(teacher_hidden) / teacher_temperature
+    return reverse_kl_reference(
+        student_logits,
+        teacher_logits,
+        token_weights=weights,
+        vocab_size=vocab_size,
+        vocab_map=vocab_map,
+        reduction=reduction,
+        normalizer=normalizer,
+        return_stats=return_stats,
+    )
+
+
+def reverse_kl_reference(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    token_weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    vocab_size: int | None = None,
+    vocab_map: torch.Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: torch.Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """Arguments as in `reverse_kl`; the result has the dtype of the student's logits."""
+    dtype = student_logits.dtype
+    if token_weights is None:
+        token_weights = student_logits.new_ones(student_logits.shape[0])
+    weights = token_weights.to(dtype)
+    skipped = (weights == 0).unsqueeze(1)
+    student_logits = student_logits.masked_fill(skipped, 0) / temperature
+    teacher_logits = teacher_logits.masked_fill(skipped, 0).to(dtype) / (
+        teacher_temperature or temperature
+    )
+    if vocab_map is None:
+        common = vocab_size or min(student_logits.shape[1], teacher_logits.shape[1])
+        student_logits, teacher_logits = student_logits[:, :common], teacher_logits[:, :common]
+        used = student_logits, teacher_logits
+    else:
+        used = on_covered_ids(student_logits, teacher_logits, vocab_map)
+    values = weights * reverse_kl_rows(*used)
     if reduction == "none":
-        return values
-    if reduction == "sum":
-        return values.sum()
-    total = weights.sum() if normalizer is None else normalizer.to(values.dtype)
-    return torch.where(total == 0, 0, values.sum() / torch.where(total == 0, 1, total))
+        result = values
+    elif reduction == "sum":
+        result = values.sum()
+    else:
+        total = weights.sum() if normalizer is None else normalizer.to(values.dtype)
+        result = torch.where(total == 0, 0, values.sum() / torch.where(total == 0, 1, total))
+    if return_stats:
+        logits = student_logits.detach(), teacher_logits.detach()
+        return result, token_stats_reference(*logits, weights, vocab_map)
+    return result

@@ -1,4 +1,4 @@
-"""Every kernel compiles for Ampere and Hopper: no spill, 16-byte loads of the logits."""
+"""Every kernel compiles for every target: no spill, 16-byte loads of the logits."""
 
 import json
 import os
@@ -19,12 +19,20 @@ target = aot.TARGETS[{target!r}]
 for variant in aot.variants():
     compiled = aot.compile_variant(variant, target)
     report = aot.inspect(compiled, target)
-    ptx = compiled.asm["ptx"]
+    ptx = compiled.asm.get("ptx", "")
     print(json.dumps([variant.name, report.registers, report.spills, report.loads, ptx]))
 """
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "sm_90",
+        pytest.param("sm_80", marks=pytest.mark.slow),
+        pytest.param("sm_100", marks=pytest.mark.slow),
+        pytest.param("gfx942", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_without_spills(target: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -35,18 +43,40 @@ def test_compiles_without_spills(target: str) -> None:
         text=True,
     )
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == 8
+    assert len(reports) == 24
+    nvidia = target != "gfx942"
     for name, registers, spills, loads, ptx in reports:
         assert spills == 0, name
         assert registers <= 128, name  # two programs of 256 threads on an SM at the least
-        # 16 columns a thread of two rows, in one pass or two
-        assert loads["128"] >= (8 if "no gradient" in name else 16), name
+        if name.startswith("group"):
+            continue  # a gather
+        # 16 columns a thread of two rows on NVIDIA and 8 on AMD, the teacher's again for its rank,
+        # or both again for the gradient.
+        vectors = 8 if nvidia else 4
+        if "no gradient" not in name:
+            vectors *= 2
+        elif "statistics" in name:
+            vectors = vectors * 3 // 2
+        if "statistics" in name:  # with half the columns
+            vectors //= 2
+        if "logits bf16" in name or "logits fp16" in name:
+            vectors //= 2
+        # AMD's 512 threads have four 16-bit columns each of a block of statistics: 8 bytes.
+        halved = not nvidia and name.endswith("(logits bf16, statistics)")
+        assert loads.get("64" if halved else "128", 0) >= (vectors * 2 if halved else vectors), name
+        if "odd V" not in name:
+            # What is left are scalars: the weight, the mass outside the map.
+            narrow = sum(n for width, n in loads.items() if int(width) < 64)
+            assert narrow <= 2, name
+        if not nvidia:
+            continue
         # The gradient overwrites what was read: not through the read-only cache, and a barrier
         # between loads and stores, which the interpreter would not miss.
         assert "ld.global.nc" not in ptx, name
         steps = re.findall(r"(ld|st)\.global|(bar)\.sync", ptx)
         order = " ".join(global_ or barrier for global_, barrier in steps)
-        assert "no gradient" in name or re.search(r"(ld ){8}.*\bld bar (st ?)+$", order), name
+        pattern = r"ld .*bar (st ?)+$" if "statistics" in name else r"(ld ){4}.*ld bar (st ?)+$"
+        assert "no gradient" in name or re.search(pattern, order), name
 
 
 def test_a_spill_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from kl_cases import IMPLS, evaluate, make_inputs, workspace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esr_kernels import linear_reverse_kl
-from esr_kernels.kl.chunked import plan_chunks, row_stride
+from esr_kernels.kl import checks
+from esr_kernels.kl.planner import plan_chunks, row_stride
 
 
 def sizes(borders: list[int]) -> list[int]:
@@ -86,10 +87,15 @@ def test_a_frozen_head_costs_no_gradient_of_it(impl: str) -> None:
         assert bool(made) == expected
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_host_never_waits(reduction: str) -> None:
+def test_the_host_never_waits(
+    reduction: str, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "sees_values", lambda _: False)  # as on a GPU
     inputs = make_inputs(bias=True, softcap=2.0)
-    options = {"reduction": reduction, "token_weights": torch.rand(7)}
+    options: dict[str, Any] = {"reduction": reduction, "token_weights": torch.rand(7)}
+    options["vocab_map"] = torch.randint(-1, 131, (131,)) if mapped else None
     with Allocations() as seen:
         evaluate(linear_reverse_kl, inputs, impl="torch", **options)
     synchronising = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.")

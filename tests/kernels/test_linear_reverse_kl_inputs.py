@@ -8,6 +8,7 @@ import torch
 from kl_cases import workspace
 
 from esr_kernels import LMHead, linear_reverse_kl
+from esr_kernels.kl import checks
 
 N, V, D = 5, 40, 8
 ones = torch.ones
@@ -38,6 +39,17 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("token_weights", "list", {"token_weights": [1.0] * N}),
     ("token_weights", "complex64", {"token_weights": ones(N, dtype=torch.complex64)}),
     ("token_weights", "meta", {"token_weights": ones(N, device="meta")}),
+    ("token_weights", "-0.5", {"token_weights": ones(N) * -0.5}),
+    ("vocab_map", "list", {"vocab_map": [0] * (V + 2)}),
+    ("vocab_map", "[40]", {"vocab_map": ones(V).long()}),
+    ("vocab_map", "int32", {"vocab_map": ones(V + 2).int()}),
+    ("vocab_map", "float32", {"vocab_map": ones(V + 2)}),
+    ("vocab_map", "meta", {"vocab_map": ones(V + 2, dtype=torch.int64, device="meta")}),
+    ("vocab_map", "1..40", {"vocab_map": ones(V + 2).long().index_fill(0, torch.tensor(3), V)}),
+    ("vocab_map", "-2..-2", {"vocab_map": ones(V + 2).long() * -2}),
+    ("vocab_map", "-1 only", {"vocab_map": ones(V + 2).long() * -1}),
+    ("vocab_size", "40", {"vocab_map": ones(V + 2).long(), "vocab_size": V}),
+    ("max_workspace_bytes", "767", {"vocab_map": ones(V + 2).long(), "max_workspace_bytes": 767}),
     ("temperature", "0", {"temperature": 0}),
     ("temperature", "-1.0", {"temperature": -1.0}),
     ("temperature", "nan", {"temperature": float("nan")}),
@@ -75,13 +87,11 @@ def test_the_least_workspace_is_said() -> None:
         linear_reverse_kl(**GOOD, max_workspace_bytes=1)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("vocab_map", torch.zeros(V + 2, dtype=torch.int64)), ("return_stats", True)],
-)
-def test_not_implemented_yet(name: str, value: Any) -> None:
-    with pytest.raises(NotImplementedError, match=f"^{name} "):
-        linear_reverse_kl(**GOOD, **{name: value})
+def test_values_on_a_gpu_are_looked_at_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.sees_values(ones(1))
+    assert not checks.sees_values(ones(1, device="meta"))
+    monkeypatch.setenv("ESR_KERNELS_CHECK_VALUES", "1")
+    assert checks.sees_values(ones(1, device="meta"))
 
 
 @pytest.mark.parametrize(

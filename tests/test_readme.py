@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,11 @@ def test_shell_commands_are_real(place, command):
         config, _ = parse(words[3:])
         if config.dataset_name == "prompts.jsonl":
             assert len(read_prompts(dataclasses.replace(config, prompt_column="prompt"))) > 0
+    elif words[:3] == ["python", "-m", "pytest"]:
+        # Exit code 5, "no tests collected", is a command that would measure nothing.
+        collect = [sys.executable, *words[1:], "--collect-only", "-q"]
+        done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
     elif words[:2] == ["python", "-m"]:
         module = ROOT / words[2].replace(".", "/")
         assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()

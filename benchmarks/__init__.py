@@ -1,0 +1,1 @@
+"""Measures: time, memory and accuracy of the loss beside other implementations."""

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 # The tensors are tiny: a second thread only waits, and burns a core that another process may need.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def test_a_spill_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def report(spills: int) -> Any:
         return lambda *_: aot.Report(64, spills, 0, Counter({128: 16}))
 
-    monkeypatch.setattr(aot.kl, "INTERPRETED", False)
+    monkeypatch.setattr(aot, "INTERPRETED", False)
     monkeypatch.setattr(aot, "compile_variant", lambda *_: None)
     monkeypatch.setattr(aot, "inspect", report(0))
     assert aot.main(["sm_80", "gfx942"]) == 0

@@ -130,7 +130,7 @@ def pack_kernel(
 
 
 def _bytes(mask: torch.Tensor) -> torch.Tensor:
-    """Triton's own pointers to bool are signed or not, by its version."""
+    """Bytes of 0 and 1 widen to an integer in one way only; bits might sign-extend."""
     return mask.view(torch.uint8)
 
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from esr_kernels.kl import variants as kl
-from esr_kernels.kl.kernels import INTERPRETED
+from esr_kernels.launch import INTERPRETED
 from esr_kernels.variant import Variant
 
 OPERATIONS = (kl,)

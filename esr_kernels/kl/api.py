@@ -6,6 +6,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from esr_kernels.checks import error
 from esr_kernels.kl.autograd import LinearReverseKL, Reduce
 from esr_kernels.kl.checks import (
     backend,
@@ -16,19 +17,18 @@ from esr_kernels.kl.checks import (
     check_vocab_map,
     check_workspace,
     common_vocab,
-    error,
     head,
     inverse,
     weights,
 )
 from esr_kernels.kl.chunked import Call, Side, Wanted, accumulate_dtype, run_chunks
 from esr_kernels.kl.logits import LogitsCall, ReverseKL, run_rows
-from esr_kernels.kl.opaque import opaque
 from esr_kernels.kl.planner import row_strides
 from esr_kernels.kl.rows import Activation
 from esr_kernels.kl.stats import STATS, TokenStats, make_stats
 from esr_kernels.kl.vocab import make_groups
 from esr_kernels.lm_head import LMHead
+from esr_kernels.opaque import opaque
 
 
 @overload

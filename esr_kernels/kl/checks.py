@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from esr_kernels.checks import DTYPES, choose_impl, error, sees_values
 from esr_kernels.kl.rows import Backend, torch_row_step
 from esr_kernels.kl.vocab import torch_group
 from esr_kernels.lm_head import LMHead, local
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
-_IMPLS = ("auto", "triton", "torch")
-
-
-def sees_values(tensor: torch.Tensor) -> bool:
-    """Values are checked where looking at them is free, or under ESR_KERNELS_CHECK_VALUES=1."""
-    return tensor.device.type == "cpu" or os.environ.get("ESR_KERNELS_CHECK_VALUES") == "1"
-
-
-def error(name: str, expected: Any, got: Any) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def head(name: str, head: Any) -> LMHead:
@@ -118,20 +106,10 @@ def check_vocab_map(
 
 
 def backend(impl: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    if impl not in _IMPLS:
-        raise error("impl", f"one of {_IMPLS}", repr(impl))
-    if impl == "auto":
-        kernel_runs = device.type == "cuda" and dtype == torch.float32
-        impl = "triton" if kernel_runs and find_spec("triton") else "torch"
-    if impl == "torch":
+    if choose_impl(impl, device, runs_on_triton=dtype == torch.float32) == "torch":
         return Backend(torch_row_step, torch_group, overwrites=False)
     from esr_kernels.kl import group_kernels, kernels
 
-    if dtype != torch.float32:
-        raise error("impl", "'torch' for float64 inputs", repr(impl))
-    if device.type == "cpu" and not kernels.INTERPRETED:
-        expected = "'torch' for tensors on the CPU (or TRITON_INTERPRET=1 before the first import)"
-        raise error("impl", expected, repr(impl))
     return Backend(kernels.triton_row_step, group_kernels.triton_group, overwrites=True)
 
 

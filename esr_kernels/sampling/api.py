@@ -40,8 +40,8 @@ def sample_tokens(
 
     The noise is Philox 4x32-10 of (seed, row, step, column) and nothing else: a row's tokens do not
     change with the batch size, the vocabulary's padding, strides or `impl` (but for near-ties that
-    float32 rounds otherwise). Nothing waits for the device: a CUDA graph can capture the call, and
-    each replay is the next step.
+    float32 rounds otherwise). Nothing waits for the device: after one call, which compiles, a CUDA
+    graph can capture the next, and each replay is another step.
 
     Args:
         logits: [B, V], float32, bfloat16 or float16; rows may lie apart, as in

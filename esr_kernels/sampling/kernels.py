@@ -54,19 +54,17 @@ def _split(x):
 
 
 @triton.jit
-def _gumbel(words):
+def gumbel(words):
     """-log(-log(1 - v)), v = (word + 0.5) / 2**32, to a few units in the last place in both tails.
 
-    `tl.log` would branch in each of its 8 calls a lane, and its layout would cost a barrier.
+    `tl.log` would branch, in each of a lane's 8 calls a block.
     """
     v = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     # 1 - v from the other end, so that it is never rounded to 0; but for a small v it has lost the
     # digits that make the upper tail, and log1p takes -v itself.
     rest = ((words ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    exponent, fraction = _split(rest)
-    small = v < 0.25
-    exponent = tl.where(small, 0, exponent)
-    fraction = tl.where(small, -v, fraction)
+    exponent, fraction = _split(rest)  # exponent 0 where v < 0.25
+    fraction = tl.where(v < 0.25, -v, fraction)
     exponential = -0.6931471805599453 * exponent.to(tl.float32) - _log1p(fraction)
     exponent, fraction = _split(exponential)
     return -0.6931471805599453 * exponent.to(tl.float32) - _log1p(fraction)
@@ -99,7 +97,7 @@ def _challenge(x, words, columns, inverse, best, best_noise, best_columns, GREED
         noise = best_noise
         better = x > best
     else:
-        noise = tl.where(x < _INFINITE, _gumbel(words), 0.0)
+        noise = tl.where(x < _INFINITE, gumbel(words), 0.0)
         better = (x - best) * inverse + (noise - best_noise) > 0.0
     best = tl.where(better, x, best)
     best_noise = tl.where(better, noise, best_noise)

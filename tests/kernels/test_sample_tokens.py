@@ -14,6 +14,7 @@ from esr_kernels import SamplingState, sample_tokens
 from esr_kernels.sampling.filters import filtered
 
 BUFFERS = ("tokens", "logprobs", "next_tokens", "lengths", "done", "steps")
+INF, NAN = float("inf"), float("nan")
 both = pytest.mark.parametrize("impl", IMPLS)
 
 
@@ -173,14 +174,13 @@ def test_batch_width_and_strides_change_nothing(impl: str) -> None:
 @both
 def test_what_is_added_to_all_logits_changes_nothing(impl: str) -> None:
     """The noise is not rounded to the size of the logits."""
-    logits = torch.randint(0, 9, (4, 1500), device=DEVICE) / 8
-    states = make_state(4), make_state(4)
-    plain, lifted = draw(logits, states[0], impl), draw(logits + 2.0**20, states[1], impl)
+    logits = torch.randint(0, 3, (8, 8200), device=DEVICE).float()
+    logits[:4] = -INF
+    logits[:4, 5::1024] = 0.0  # ids that one lane of the kernel compares
+    states = make_state(8), make_state(8)
+    plain, lifted = draw(logits, states[0], impl), draw(logits + 2.0**23, states[1], impl)
     assert torch.equal(plain, lifted)
     same_state(*states)
-
-
-INF, NAN = float("inf"), float("nan")
 
 
 @both
@@ -229,6 +229,14 @@ def test_no_rows_and_logits_with_a_gradient(impl: str) -> None:
     state = make_state(2)
     draw(torch.ones(2, 7, device=DEVICE, requires_grad=True), state, impl)
     assert not state.logprobs.requires_grad
+
+
+def test_auto_runs_what_the_device_can() -> None:
+    logits = torch.randn(3, 60, device=DEVICE)
+    named = "torch" if DEVICE == "cpu" else "triton"
+    auto, same = make_state(3), make_state(3)
+    assert torch.equal(draw(logits, auto, "auto"), draw(logits, same, named))
+    assert torch.equal(auto.logprobs, same.logprobs)
 
 
 FILTERS: list[dict[str, Any]] = [

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kl_cases import DEVICE, IMPLS
 from sampling_cases import draw, make_state
 
+from esr_kernels.sampling import kernels
 from esr_kernels.sampling.reference import gumbel, philox, random_words
 
 WORD = 0xFFFFFFFF
@@ -58,12 +61,27 @@ def test_words_follow_seed_row_step_and_column(seed: int) -> None:
     assert torch.equal(random_words(torch.tensor([seed]), steps[:2], 700), words[:2, :700])
 
 
-def test_gumbel_in_both_tails() -> None:
+@triton.jit
+def gumbel_kernel(words_ptr, noise_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    words = tl.load(words_ptr + offsets).to(tl.uint32)
+    tl.store(noise_ptr + offsets, kernels.gumbel(words))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gumbel_in_both_tails(impl: str) -> None:
     words = [0, 1, 2, 56, 1000, 1 << 20, 1 << 29, (1 << 30) - 1, 1 << 30, 1 << 31]
     words += [WORD - w for w in words]
-    expected = [-math.log(-math.log1p(-(w + 0.5) / 2**32)) for w in words]
-    actual = gumbel(torch.tensor(words)).double()
-    torch.testing.assert_close(actual, torch.tensor(expected).double(), rtol=2e-7, atol=5e-7)
+    words += torch.randint(0, 1 << 32, (1024 - len(words),)).tolist()
+    given = torch.tensor(words, device=DEVICE)
+    actual = torch.empty(1024, device=DEVICE)
+    if impl == "triton":
+        gumbel_kernel[(1,)](given, actual, BLOCK=1024)
+    else:
+        actual = gumbel(given)
+    truth = [-math.log(-math.log1p(-(w + 0.5) / 2**32)) for w in words]
+    expected = torch.tensor(truth, dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-7, atol=3e-7)
 
 
 @pytest.mark.parametrize("threshold", [15.5, 16.0, 18.0, 20.0, 21.0])

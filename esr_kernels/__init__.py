@@ -3,13 +3,16 @@
 from esr_kernels.kl import TokenStats, linear_reverse_kl, reverse_kl
 from esr_kernels.lm_head import LMHead
 from esr_kernels.rollout import RolloutBatch, gather_rows, rollout_batch
+from esr_kernels.sampling import SamplingState, sample_tokens
 
 __all__ = [
     "LMHead",
     "RolloutBatch",
+    "SamplingState",
     "TokenStats",
     "gather_rows",
     "linear_reverse_kl",
     "reverse_kl",
     "rollout_batch",
+    "sample_tokens",
 ]

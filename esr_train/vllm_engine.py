@@ -317,8 +317,8 @@ class _Server:
         if self.updates > 1:
             # First, for a server with room for one adapter. One that was restarted has forgotten
             # it, which is as good.
-            self._post("/v1/unload_lora_adapter", {"lora_name": old}, allow_refusal=True)
-        self._post(
+            self._send("/v1/unload_lora_adapter", {"lora_name": old}, allow_refusal=True)
+        self._send(
             "/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": str(new_folder)}
         )
         shutil.rmtree(old_folder, ignore_errors=True)
@@ -350,13 +350,13 @@ class _Server:
             return list(pool.map(complete, prompts, seeds))
 
     def _json(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        text = self._post(path, body)
+        text = self._send(path, body)
         try:
             return json.loads(text)
         except ValueError as error:
             raise self._malformed(path, text) from error
 
-    def _post(
+    def _send(
         self, path: str, body: dict[str, Any] | None = None, allow_refusal: bool = False
     ) -> str:
         """The reply to `body` as JSON, or to a GET without one."""

@@ -558,8 +558,11 @@ def test_weights_that_vllm_does_not_take(make_engine, student_path, monkeypatch)
 # ---- server ----
 
 
-def test_one_adapter_at_a_time_under_new_names(make_engine, server, student_path, tmp_path):
-    engine = make_engine("server", load(student_path))
+def test_one_adapter_at_a_time_under_new_names(
+    make_engine, server, student_path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    engine = make_engine("server", load(student_path), adapter_dir=Path("."))
     for _ in range(2):
         engine.update_weights()
     names = [name for name, _ in server.loads]

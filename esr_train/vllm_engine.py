@@ -122,8 +122,8 @@ class VLLMEngine:
         if len(row) > max_new_tokens or not (ended or len(row) == max_new_tokens):
             raise UserError(
                 f"use_vllm: a response of {len(row)} tokens without EOS, where {max_new_tokens} "
-                "were asked for: raise vllm_max_model_len (a server's --max-model-len), and start "
-                "a server with --generation-config vllm"
+                "were asked for: raise vllm_max_model_length (a server's --max-model-len), and "
+                "start a server with --generation-config vllm"
             )
 
 
@@ -204,7 +204,7 @@ class _Colocated:
             raise UserError(
                 f"use_vllm: vLLM could not start ({first_line(error)}); where memory is short, "
                 f"change vllm_gpu_memory_utilization ({llm_words['gpu_memory_utilization']}) or "
-                "lower vllm_max_model_len"
+                "lower vllm_max_model_length"
             ) from error
 
     def _params(self, *, seed: int, max_new_tokens: int) -> Any:
@@ -221,7 +221,7 @@ class _Colocated:
                 [self._params(seed=seed, max_new_tokens=max_new_tokens) for seed in seeds],
                 use_tqdm=False,
             )
-        except ValueError as error:  # a prompt longer than vllm_max_model_len
+        except ValueError as error:  # a prompt longer than vllm_max_model_length
             raise UserError(f"use_vllm: vLLM refused a prompt ({first_line(error)})") from error
         return [list(output.outputs[0].token_ids) for output in outputs]
 

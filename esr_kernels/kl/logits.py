@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from esr_kernels.kl.autograd import Reduce, scaled
+from esr_kernels.kl.autograd import scaled
+from esr_kernels.kl.options import Reduce
 from esr_kernels.kl.planner import plan_chunks, row_stride
 from esr_kernels.kl.rows import Activation, Backend, Rows
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esr_kernels import linear_reverse_kl
 from esr_kernels.kl import checks
+from esr_kernels.kl import options as options_module
 from esr_kernels.kl.planner import plan_chunks, row_stride
 
 
@@ -92,7 +93,8 @@ def test_a_frozen_head_costs_no_gradient_of_it(impl: str) -> None:
 def test_the_host_never_waits(
     reduction: str, mapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "sees_values", lambda _: False)  # as on a GPU
+    for module in (checks, options_module):
+        monkeypatch.setattr(module, "sees_values", lambda _: False)  # as on a GPU
     inputs = make_inputs(bias=True, softcap=2.0)
     options: dict[str, Any] = {"reduction": reduction, "token_weights": torch.rand(7)}
     options["vocab_map"] = torch.randint(-1, 131, (131,)) if mapped else None

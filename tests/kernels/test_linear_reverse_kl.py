@@ -322,10 +322,19 @@ def test_models_of_different_dtypes(impl: str) -> None:
 
 
 def test_small_gradients_survive_fp16_under_a_gradient_scaler(impl: str) -> None:
-    inputs = make_inputs(dtype=torch.float16)
+    inputs = make_inputs(dtype=torch.float16, bias=True)
     normalizer = torch.tensor(1e8, device=DEVICE)
     upstream = torch.tensor(2.0**16, device=DEVICE)
-    check(inputs, impl, train_head=False, normalizer=normalizer, upstream=upstream)
+    check(inputs, impl, normalizer=normalizer, upstream=upstream)
+
+
+def test_sums_over_rows_above_what_fp16_holds(impl: str) -> None:
+    """Of the head's gradient; their mean is what fp16 must hold."""
+    inputs = make_inputs(num_rows=4, student_vocab=2, teacher_vocab=2, dtype=torch.float16)
+    inputs.student_hidden.copy_(torch.full_like(inputs.student_hidden, 5000.0))
+    inputs.student_head.weight.zero_()
+    inputs.teacher_hidden.copy_(inputs.teacher_hidden[:1].expand(4, -1) * 8)
+    check(inputs, impl)
 
 
 def test_nan_is_not_swallowed(impl: str) -> None:

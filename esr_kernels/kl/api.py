@@ -104,8 +104,9 @@ def linear_reverse_kl(
             teacher id counts for, many to one, -1 for none. A student id that nothing maps to gets
             no gradient. Excludes `vocab_size`: all rows of both heads take part.
         reduction: "mean" divides by the sum of the weights, "sum" does not, "none" gives [N].
-        normalizer: 0-d tensor that replaces the sum of the weights in "mean", as the token count of
-            all processes and accumulation steps does. Where the divisor is 0 the result is 0.
+        normalizer: 0-d tensor that replaces the sum of the weights in "mean": the token count of
+            all accumulation steps and processes, over the number of processes where gradients are
+            averaged over them (DDP, FSDP2). Where the divisor is 0 the result is 0.
         return_stats: return (result, TokenStats): KL, entropies, ranks of every row, detached.
         max_workspace_bytes: cap on the logits in flight: 8 B * V a row (16 B in float64), V rounded
             up to 32 (16); with `vocab_map` 4 B * (2 Vs + Vt). Default: 512 rows or 600 MB,

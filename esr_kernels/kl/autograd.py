@@ -36,7 +36,6 @@ class LinearReverseKL(torch.autograd.Function):
         if ctx.rerun:
             teacher = call.teacher
             values, _ = run_chunks(call, Wanted())
-            call = replace(call, stats=None)  # backward does not write them again
             ctx.save_for_backward(
                 hidden,
                 weight,
@@ -46,7 +45,14 @@ class LinearReverseKL(torch.autograd.Function):
                 teacher.activation.bias,
                 call.weights,
             )
-            ctx.call = call
+            # Without the tensors, which would outlive the backward pass here; statistics stand.
+            ctx.call = replace(
+                call,
+                student=_side(call.student, None, None, None),
+                teacher=_side(teacher, None, None, None),
+                weights=None,
+                stats=None,
+            )
             return values
         inverse = reduce.inverse
         # In fp16 1 / normalizer waits for backward: before a gradient scaler's upstream gradient
@@ -63,8 +69,8 @@ class LinearReverseKL(torch.autograd.Function):
         return reduce(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivative("linear_reverse_kl")
         if ctx.rerun:
             return (*_rerun(ctx, upstream), None, None)
         *grads, late = ctx.saved_tensors
@@ -87,10 +93,17 @@ def _rerun(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-def _side(
-    side: Side, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> Side:
+def _side(side: Side, hidden: Any, weight: Any, bias: torch.Tensor | None) -> Side:
     return Side(hidden, weight, replace(side.activation, bias=bias))
+
+
+def refuse_second_derivative(name: str) -> None:
+    """PyTorch's once_differentiable would take the gradient for a constant without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: its gradient cannot be differentiated again; expected a backward pass "
+            "without create_graph=True"
+        )
 
 
 def scaled(

@@ -256,6 +256,15 @@ def test_backward_twice(impl: str, reduction: str, dtype: torch.dtype) -> None:
     assert torch.equal(upstream, torch.full_like(value, 2.0))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_second_derivatives_are_refused(impl: str, reduction: str, train_head: bool) -> None:
+    inputs, leaves = make_inputs().leaves(train_head)
+    value = call(inputs, impl=impl, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="^linear_reverse_kl: its gradient cannot be different"):
+        torch.autograd.grad(value, list(leaves.values()), create_graph=True)
+
+
 @pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_each_leaf_alone(impl: str, leaf: str, reduction: str) -> None:

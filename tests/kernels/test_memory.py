@@ -1,5 +1,6 @@
 """What a call holds at its peak, beyond its inputs: the cap on the workspace and little else."""
 
+import gc
 import weakref
 from typing import Any
 
@@ -9,7 +10,7 @@ from kl_cases import DEVICE, IMPLS, evaluate, make_inputs, workspace
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from esr_kernels import linear_reverse_kl
+from esr_kernels import LMHead, linear_reverse_kl, reverse_kl
 from esr_kernels.kl.rows import CPU_BLOCK
 
 VOCAB, DIM = 20_000, 4
@@ -104,6 +105,36 @@ def test_the_peak_is_the_documented_one(impl: str, option: str, train_head: bool
     documented = max(documented, 72 * VOCAB if mapped else 0, 3 * 4 * VOCAB * (DIM + 1))
     assert memory.peak <= documented + 1024
     assert memory.peak > cap / 2, "nothing was counted"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_backward_frees_what_was_saved(impl: str, reduction: str, train_head: bool) -> None:
+    """A training loop holds on to its loss until the next one is there."""
+    inputs, leaves = make_inputs().leaves(train_head)
+    with LiveBytes() as memory:
+        hidden = inputs.student_hidden * 1
+        heads = LMHead(inputs.student_head.weight * 1), inputs.teacher_head
+        arguments = hidden, heads[0], inputs.teacher_hidden, heads[1]
+        value = linear_reverse_kl(*arguments, reduction=reduction, impl=impl)
+        del hidden, heads, arguments
+        torch.autograd.grad(value.sum(), list(leaves.values()))
+        gc.collect()  # Triton's interpreter holds its arguments in cycles
+        assert memory.live == value.nbytes
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_backward_frees_the_gradient_of_the_logits(impl: str, inplace: bool) -> None:
+    student, teacher = (torch.randn(5, 131, device=DEVICE) for _ in range(2))
+    student.requires_grad_()
+    with LiveBytes() as memory:
+        value = reverse_kl(student * 1, teacher, inplace=inplace, impl=impl)
+        torch.autograd.grad(value, student)
+        gc.collect()
+        # The inverse of the normalizer, 4 bytes, stays.
+        assert memory.live == value.nbytes + 4
 
 
 @pytest.mark.gpu

@@ -148,7 +148,7 @@ def linear_reverse_kl(
     check_workspace(max_workspace_bytes, sum(strides) * dtype.itemsize)
     student = _side(student_hidden, student_head, options.temperatures[0], vocabs[0])
     with torch.no_grad():
-        teacher = _side(teacher_hidden, teacher_head, options.temperatures[1], vocabs[1])
+        teacher = _side(teacher_hidden.detach(), teacher_head, options.temperatures[1], vocabs[1])
     call = Call(
         student,
         teacher,

@@ -46,20 +46,25 @@ def ddp(student: Student) -> Any:
     return DistributedDataParallel(student)
 
 
+def shard(module: torch.nn.Module, **options: Any) -> Any:
+    # A mesh of its own, as the default one is of GPUs where there are any.
+    return fully_shard(module, mesh=dist.init_device_mesh("cpu", (WORLD_SIZE,)), **options)
+
+
 def sharded_head(student: Student) -> Any:
     """The head in a group of its own, whose forward never runs: it stays a DTensor."""
-    fully_shard(student.lm_head)
-    return fully_shard(student, reshard_after_forward=True)
+    shard(student.lm_head)
+    return shard(student, reshard_after_forward=True)
 
 
 def resharded_root(student: Student) -> Any:
     """The head in the root's group, which is sharded again after the forward."""
-    return fully_shard(student, reshard_after_forward=True)
+    return shard(student, reshard_after_forward=True)
 
 
 def gathered_root(student: Student) -> Any:
     """FSDP2's default of a root: after its forward the head is a plain, gathered tensor."""
-    return fully_shard(student)
+    return shard(student)
 
 
 WRAPPERS = (ddp, sharded_head, resharded_root, gathered_root)

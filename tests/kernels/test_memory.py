@@ -125,6 +125,21 @@ def test_backward_frees_what_was_saved(impl: str, reduction: str, train_head: bo
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_graph_of_the_teacher_is_not_kept(impl: str) -> None:
+    inputs, _ = make_inputs().leaves(train_head=True)
+    inner = inputs.teacher_hidden.requires_grad_() * 2
+    teacher_hidden = inner.square()  # whose graph saves what it squares
+    saved = weakref.ref(inner.untyped_storage())
+    heads = inputs.student_head, inputs.teacher_head
+    sides = inputs.student_hidden, heads[0], teacher_hidden, heads[1]
+    value = linear_reverse_kl(*sides, reduction="none", impl=impl)
+    del sides, teacher_hidden, inner
+    gc.collect()
+    assert value.requires_grad
+    assert saved() is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_backward_frees_the_gradient_of_the_logits(impl: str, inplace: bool) -> None:
     student, teacher = (torch.randn(5, 131, device=DEVICE) for _ in range(2))

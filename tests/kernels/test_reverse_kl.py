@@ -171,6 +171,16 @@ def test_second_derivatives_are_refused(impl: str) -> None:
         torch.autograd.grad(value, student, create_graph=True)
 
 
+def test_one_row_may_have_any_stride_in_place(impl: str) -> None:
+    student, teacher = make_logits(1)
+    leaf = torch.empty(131, 1, device=DEVICE).copy_(student.T).requires_grad_()
+    assert leaf.T.stride() == (1, 1)
+    value = reverse_kl((leaf * 1).T, teacher, inplace=True, impl=impl)
+    (grad,) = torch.autograd.grad(value, leaf)
+    expected = check(student, teacher, impl)
+    assert torch.equal(grad.T, expected["grad"])
+
+
 def test_in_place_is_seen_by_autograd(impl: str) -> None:
     student, teacher = make_logits()
     logits = (student.requires_grad_() * 1).exp()  # exp saves its result

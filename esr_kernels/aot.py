@@ -24,10 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from esr_kernels.kl import variants as kl
-from esr_kernels.kl.kernels import INTERPRETED
+from esr_kernels.launch import INTERPRETED
+from esr_kernels.rollout import variants as rollout
 from esr_kernels.variant import Variant
 
-OPERATIONS = (kl,)
+OPERATIONS = (kl, rollout)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -17,13 +17,13 @@ from esr_kernels.kl.checks import (
 )
 from esr_kernels.kl.chunked import Call, Side, Wanted, accumulate_dtype, run_chunks
 from esr_kernels.kl.logits import LogitsCall, ReverseKL, run_rows
-from esr_kernels.kl.opaque import opaque
 from esr_kernels.kl.options import make_options
 from esr_kernels.kl.planner import row_strides
 from esr_kernels.kl.rows import Activation
 from esr_kernels.kl.stats import TokenStats
 from esr_kernels.kl.vocab import make_groups
 from esr_kernels.lm_head import LMHead
+from esr_kernels.opaque import opaque
 
 
 @overload

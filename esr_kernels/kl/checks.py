@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
+from esr_kernels.checks import DTYPES, error, sees_values
 from esr_kernels.lm_head import LMHead, local
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def sees_values(tensor: torch.Tensor) -> bool:
-    """Values are checked where looking at them is free, or under ESR_KERNELS_CHECK_VALUES=1."""
-    return tensor.device.type == "cpu" or os.environ.get("ESR_KERNELS_CHECK_VALUES") == "1"
-
-
-def error(name: str, expected: Any, got: Any) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def check_pair(what: str, shape: str, student: Any, teacher: Any) -> None:

@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from esr_kernels.kl.kernels import activate, on_device_of
+from esr_kernels.kl.kernels import activate
 from esr_kernels.kl.rows import NO_MASS, Activation
 from esr_kernels.kl.vocab import SHORT_GROUP, VocabGroups
+from esr_kernels.launch import on_device_of
 
 BLOCK_SIZE = 1024
 LONG_BLOCK_SIZE = 512

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from esr_kernels.kl.rows import NO_MASS, Rows
+from esr_kernels.launch import on_device_of
 
 # 16 columns a thread of both rows: 56-85 registers, no spill (`python -m esr_kernels.aot`).
 BLOCK_SIZE = 4096
@@ -282,9 +283,6 @@ def reverse_kl_row_kernel(
         tl.store(stats_ptr + 4 * stats_stride, above.to(tl.float32))
 
 
-INTERPRETED = not isinstance(reverse_kl_row_kernel, triton.JITFunction)
-
-
 def triton_row_step(student_logits: torch.Tensor, teacher_logits: torch.Tensor, rows: Rows) -> None:
     """The row step in one launch; `rows.grad` may lie over the student's logits, float32 then."""
     num_rows, num_columns = student_logits.shape
@@ -322,8 +320,3 @@ def triton_row_step(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
             num_warps=NUM_WARPS,
             **(STATS_OPTIONS if rows.stats is not None else {}),
         )
-
-
-def on_device_of(tensor: torch.Tensor) -> torch.cuda.device:
-    """Triton launches on the current device; -1 (the CPU) changes nothing."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

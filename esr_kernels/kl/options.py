@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from esr_kernels.kl.checks import error, sees_values, shape_of
+from esr_kernels.checks import choose_impl, error, sees_values
+from esr_kernels.kl.checks import shape_of
 from esr_kernels.kl.rows import Backend, torch_row_step
 from esr_kernels.kl.stats import STATS, TokenStats, make_stats
 from esr_kernels.kl.vocab import torch_group
 
 _REDUCTIONS = ("mean", "sum", "none")
-_IMPLS = ("auto", "triton", "torch")
 
 
 @dataclass(frozen=True)
@@ -125,18 +124,8 @@ def _inverse(
 
 
 def _backend(impl: Any, device: torch.device, dtype: torch.dtype) -> Backend:
-    if impl not in _IMPLS:
-        raise error("impl", f"one of {_IMPLS}", repr(impl))
-    if impl == "auto":
-        kernel_runs = device.type == "cuda" and dtype == torch.float32
-        impl = "triton" if kernel_runs and find_spec("triton") else "torch"
-    if impl == "torch":
+    if choose_impl(impl, device, runs_on_triton=dtype == torch.float32) == "torch":
         return Backend(torch_row_step, torch_group, overwrites=False)
     from esr_kernels.kl import group_kernels, kernels
 
-    if dtype != torch.float32:
-        raise error("impl", "'torch' for float64 inputs", repr(impl))
-    if device.type == "cpu" and not kernels.INTERPRETED:
-        expected = "'torch' for tensors on the CPU (or TRITON_INTERPRET=1 before the first import)"
-        raise error("impl", expected, repr(impl))
     return Backend(kernels.triton_row_step, group_kernels.triton_group, overwrites=True)

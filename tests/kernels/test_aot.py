@@ -46,13 +46,13 @@ def test_compiles_without_spills(target: str) -> None:
         text=True,
     )
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == 24
+    assert len(reports) == 26
     nvidia = target != "gfx942"
     for name, registers, spills, loads, ptx in reports:
         assert spills == 0, name
         assert registers <= 128, name  # two programs of 256 threads on an SM at the least
-        if name.startswith("group"):
-            continue  # a gather
+        if not name.startswith("reverse_kl_row"):
+            continue  # a gather, or single tokens
         # 16 columns a thread of two rows on NVIDIA and 8 on AMD, the teacher's again for its rank,
         # or both again for the gradient.
         vectors = 8 if nvidia else 4

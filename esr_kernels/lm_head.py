@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -45,10 +45,11 @@ class LMHead:
                 or bias.device != weight.device
             ):
                 raise ValueError(f"LMHead bias: expected {expected}, got {_describe(bias)}")
-        if self.softcap is not None and not 0.0 < self.softcap < math.inf:
-            raise ValueError(f"LMHead softcap: expected None or a number > 0, got {self.softcap}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"LMHead scale: expected a finite number, got {self.scale}")
+        softcap, scale = self.softcap, self.scale
+        if softcap is not None and not (_is_finite(softcap) and softcap > 0):
+            raise ValueError(f"LMHead softcap: expected None or a number > 0, got {softcap!r}")
+        if not _is_finite(scale):
+            raise ValueError(f"LMHead scale: expected a finite number, got {scale!r}")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, V] in the dtype of the inputs: the definition, not the loss's way."""
@@ -59,11 +60,8 @@ class LMHead:
 
     def local(self) -> LMHead:
         """The head with DTensors (FSDP2, tensor parallel) gathered."""
-        weight = local(self.weight)
-        if weight is self.weight:
-            return self
         bias = None if self.bias is None else local(self.bias)
-        return LMHead(weight, bias, self.softcap, self.scale)
+        return replace(self, weight=local(self.weight), bias=bias)
 
     @classmethod
     def from_model(cls, model: torch.nn.Module) -> LMHead:
@@ -102,6 +100,10 @@ def local(tensor: Any) -> torch.Tensor:
     from torch.distributed.tensor import Partial
 
     return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _describe(value: Any) -> str:

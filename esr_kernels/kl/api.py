@@ -6,26 +6,21 @@ from typing import Any, Literal, overload
 
 import torch
 
-from esr_kernels.checks import error
-from esr_kernels.kl.autograd import LinearReverseKL, Reduce
+from esr_kernels.kl.autograd import LinearReverseKL
 from esr_kernels.kl.checks import (
-    backend,
-    check_logits,
-    check_reduction,
-    check_side,
-    check_temperature,
+    check_pair,
+    check_rows_apart,
     check_vocab_map,
     check_workspace,
     common_vocab,
-    head,
-    inverse,
-    weights,
+    head_for,
 )
 from esr_kernels.kl.chunked import Call, Side, Wanted, accumulate_dtype, run_chunks
 from esr_kernels.kl.logits import LogitsCall, ReverseKL, run_rows
+from esr_kernels.kl.options import make_options
 from esr_kernels.kl.planner import row_strides
 from esr_kernels.kl.rows import Activation
-from esr_kernels.kl.stats import STATS, TokenStats, make_stats
+from esr_kernels.kl.stats import TokenStats
 from esr_kernels.kl.vocab import make_groups
 from esr_kernels.lm_head import LMHead
 from esr_kernels.opaque import opaque
@@ -109,8 +104,9 @@ def linear_reverse_kl(
             teacher id counts for, many to one, -1 for none. A student id that nothing maps to gets
             no gradient. Excludes `vocab_size`: all rows of both heads take part.
         reduction: "mean" divides by the sum of the weights, "sum" does not, "none" gives [N].
-        normalizer: 0-d tensor that replaces the sum of the weights in "mean", as the token count of
-            all processes and accumulation steps does. Where the divisor is 0 the result is 0.
+        normalizer: 0-d tensor that replaces the sum of the weights in "mean": the token count of
+            all accumulation steps and processes, over the number of processes where gradients are
+            averaged over them (DDP, FSDP2). Where the divisor is 0 the result is 0.
         return_stats: return (result, TokenStats): KL, entropies, ranks of every row, detached.
         max_workspace_bytes: cap on the logits in flight: 8 B * V a row (16 B in float64), V rounded
             up to 32 (16); with `vocab_map` 4 B * (2 Vs + Vt). Default: 512 rows or 600 MB,
@@ -128,56 +124,46 @@ def linear_reverse_kl(
             of `vocab_map` out of range are found on the CPU; on a GPU, where it would wait for the
             values, only if the environment has ESR_KERNELS_CHECK_VALUES=1.
     """
-    student_head = head("student_head", student_head)
-    teacher_head = head("teacher_head", teacher_head)
-    check_side("student", student_hidden, student_head)
-    check_side("teacher", teacher_hidden, teacher_head)
-    num_rows, device = student_hidden.shape[0], student_hidden.device
-    if teacher_hidden.shape[0] != num_rows:
-        expected = f"{num_rows} rows as in student_hidden"
-        raise error("teacher_hidden", expected, teacher_hidden.shape[0])
-    if teacher_hidden.device != device:
-        raise error("teacher_hidden", f"device {device}", teacher_hidden.device)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    check_temperature("temperature", temperature)
-    check_temperature("teacher_temperature", teacher_temperature)
-    check_reduction(reduction)
+    check_pair("hidden", "[N, D]", student_hidden, teacher_hidden)
+    student_head = head_for("student", student_head, student_hidden)
+    teacher_head = head_for("teacher", teacher_head, teacher_hidden)
+    dtype = accumulate_dtype(student_hidden.dtype, teacher_hidden.dtype)
+    options = make_options(
+        student_hidden,
+        dtype,
+        token_weights=token_weights,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        reduction=reduction,
+        normalizer=normalizer,
+        return_stats=return_stats,
+        impl=impl,
+    )
     vocabs = student_head.weight.shape[0], teacher_head.weight.shape[0]
     if vocab_map is None:
         vocabs = (common_vocab(vocab_size, *vocabs),) * 2
     else:
-        check_vocab_map(vocab_map, vocab_size, *vocabs, device)
-
-    student = _side(student_hidden, student_head, temperature, vocabs[0])
-    with torch.no_grad():
-        teacher = _side(teacher_hidden, teacher_head, teacher_temperature, vocabs[1])
-    dtype = torch.promote_types(accumulate_dtype(student), accumulate_dtype(teacher))
+        check_vocab_map(vocab_map, vocab_size, *vocabs, student_hidden.device)
     strides = row_strides(*vocabs, vocab_map is not None, dtype.itemsize)
     check_workspace(max_workspace_bytes, sum(strides) * dtype.itemsize)
-    row_weights = weights(token_weights, num_rows, device, dtype)
-    reduce = Reduce(reduction, inverse(reduction, normalizer, row_weights, num_rows, device, dtype))
+    student = _side(student_hidden, student_head, options.temperatures[0], vocabs[0])
+    with torch.no_grad():
+        teacher = _side(teacher_hidden.detach(), teacher_head, options.temperatures[1], vocabs[1])
     call = Call(
         student,
         teacher,
-        row_weights,
-        backend(impl, device, dtype),
+        options.weights,
+        options.backend,
         max_workspace_bytes,
         None if vocab_map is None else make_groups(vocab_map, vocabs[0]),
-        torch.empty(len(STATS), num_rows, dtype=dtype, device=device) if return_stats else None,
+        options.stats,
     )
-    result = _run(call, reduce)
-    return (result, make_stats(call.stats, row_weights)) if call.stats is not None else result
-
-
-def _run(call: Call, reduce: Reduce) -> torch.Tensor:
-    student = call.student
     inputs = (student.hidden, student.weight, student.activation.bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return LinearReverseKL.apply(*inputs, call, reduce)
+        return options.with_stats(LinearReverseKL.apply(*inputs, call, options.reduce))
     with torch.no_grad():
         values, _ = run_chunks(call, Wanted())
-        return reduce(values)
+        return options.with_stats(options.reduce(values))
 
 
 def _side(hidden: torch.Tensor, head: LMHead, temperature: float, vocab_size: int) -> Side:
@@ -249,42 +235,32 @@ def reverse_kl(
     Returns:
         As `linear_reverse_kl`.
     """
-    check_logits("student_logits", student_logits)
-    check_logits("teacher_logits", teacher_logits)
-    num_rows, device = student_logits.shape[0], student_logits.device
-    if teacher_logits.shape[0] != num_rows:
-        expected = f"{num_rows} rows as in student_logits"
-        raise error("teacher_logits", expected, teacher_logits.shape[0])
-    if teacher_logits.device != device:
-        raise error("teacher_logits", f"device {device}", teacher_logits.device)
-    if inplace and (
-        student_logits.stride(1) != 1 or student_logits.stride(0) < student_logits.shape[1]
-    ):
-        expected = "rows side by side in memory with inplace=True"
-        raise error("student_logits", expected, f"strides {list(student_logits.stride())}")
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    check_temperature("temperature", temperature)
-    check_temperature("teacher_temperature", teacher_temperature)
-    check_reduction(reduction)
-    vocab_size = common_vocab(vocab_size, student_logits.shape[1], teacher_logits.shape[1])
-    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    row_weights = weights(token_weights, num_rows, device, dtype)
-    reduce = Reduce(reduction, inverse(reduction, normalizer, row_weights, num_rows, device, dtype))
+    check_pair("logits", "[N, V]", student_logits, teacher_logits)
+    if inplace:
+        check_rows_apart("student_logits", student_logits)
+    dtype = accumulate_dtype(student_logits.dtype, teacher_logits.dtype)
+    options = make_options(
+        student_logits,
+        dtype,
+        token_weights=token_weights,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        reduction=reduction,
+        normalizer=normalizer,
+        return_stats=return_stats,
+        impl=impl,
+    )
     call = LogitsCall(
         teacher_logits.detach(),
-        Activation(temperature=temperature),
-        Activation(temperature=teacher_temperature),
-        row_weights,
-        backend(impl, device, dtype),
+        Activation(temperature=options.temperatures[0]),
+        Activation(temperature=options.temperatures[1]),
+        options.weights,
+        options.backend,
         dtype,
-        vocab_size,
-        torch.empty(len(STATS), num_rows, dtype=dtype, device=device) if return_stats else None,
+        common_vocab(vocab_size, student_logits.shape[1], teacher_logits.shape[1]),
+        options.stats,
     )
     if torch.is_grad_enabled() and student_logits.requires_grad:
-        result = ReverseKL.apply(student_logits, call, reduce, inplace)
-    else:
-        with torch.no_grad():
-            result = reduce(run_rows(student_logits, call, None))
-    return (result, make_stats(call.stats, row_weights)) if call.stats is not None else result
+        return options.with_stats(ReverseKL.apply(student_logits, call, options.reduce, inplace))
+    with torch.no_grad():
+        return options.with_stats(options.reduce(run_rows(student_logits, call, None)))

@@ -5,26 +5,13 @@ Gradients are made in the forward pass, so that no logit is computed twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from esr_kernels.kl.chunked import Call, Side, Wanted, run_chunks
-
-
-@dataclass(frozen=True)
-class Reduce:
-    """Values of rows -> result. `inverse` is 1 / normalizer, 0-d, for "mean", else None."""
-
-    reduction: str
-    inverse: torch.Tensor | None
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        if self.reduction == "none":
-            return values
-        total = values.sum()
-        return total if self.inverse is None else total * self.inverse
+from esr_kernels.kl.options import Reduce
 
 
 class LinearReverseKL(torch.autograd.Function):
@@ -49,7 +36,6 @@ class LinearReverseKL(torch.autograd.Function):
         if ctx.rerun:
             teacher = call.teacher
             values, _ = run_chunks(call, Wanted())
-            call = replace(call, stats=None)  # backward does not write them again
             ctx.save_for_backward(
                 hidden,
                 weight,
@@ -59,35 +45,37 @@ class LinearReverseKL(torch.autograd.Function):
                 teacher.activation.bias,
                 call.weights,
             )
-            ctx.call = call
+            # Without the tensors, which would outlive the backward pass here; statistics stand.
+            ctx.call = replace(
+                call,
+                student=_side(call.student, None, None, None),
+                teacher=_side(teacher, None, None, None),
+                weights=None,
+                stats=None,
+            )
             return values
         inverse = reduce.inverse
         # In fp16 1 / normalizer waits for backward: before a gradient scaler's upstream gradient
-        # lifts them, it would push the hidden states' gradients below what fp16 holds.
+        # lifts them, it would push gradients below what fp16 holds. The head's, sums over all rows
+        # which without it might be above, wait in float32.
         late = inverse if hidden.dtype == torch.float16 else None
         values, grads = run_chunks(call, wanted, inverse if late is None else None)
         grad_weight, grad_bias = grads.weight, grads.bias
-        if grad_weight is not None:
+        if late is None:
             grad_weight = scaled(grad_weight, inverse, weight.dtype)
-        if grad_bias is not None:
             grad_bias = scaled(grad_bias, inverse, weight.dtype)
         ctx.save_for_backward(grads.hidden, grad_weight, grad_bias, late)
+        ctx.dtype = hidden.dtype
         return reduce(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivative("linear_reverse_kl")
         if ctx.rerun:
             return (*_rerun(ctx, upstream), None, None)
-        grad_hidden, grad_weight, grad_bias, late = ctx.saved_tensors
-        if grad_hidden is not None:
-            factor = upstream if late is None else upstream * late
-            grad_hidden = scaled(grad_hidden, factor, grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = scaled(grad_weight, upstream, grad_weight.dtype)
-        if grad_bias is not None:
-            grad_bias = scaled(grad_bias, upstream, grad_bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        *grads, late = ctx.saved_tensors
+        factor = upstream if late is None else upstream * late
+        return (*(scaled(grad, factor, ctx.dtype) for grad in grads), None, None)
 
 
 def _rerun(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -98,20 +86,31 @@ def _rerun(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         upstream = (upstream * weights).masked_fill(weights == 0, 0)
     call = replace(ctx.call, student=student, teacher=teacher, weights=upstream.contiguous())
     _, grads = run_chunks(call, ctx.wanted)
-    grad_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
-    grad_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-    return grads.hidden, grad_weight, grad_bias
+    return (
+        grads.hidden,
+        scaled(grads.weight, None, weight.dtype),
+        scaled(grads.bias, None, weight.dtype),
+    )
 
 
-def _side(
-    side: Side, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> Side:
+def _side(side: Side, hidden: Any, weight: Any, bias: torch.Tensor | None) -> Side:
     return Side(hidden, weight, replace(side.activation, bias=bias))
 
 
-def scaled(grad: torch.Tensor, factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """grad * factor, the factor [N] or 0-d and not rounded to grad's dtype first."""
-    if factor is None:
-        return grad.to(dtype)
+def refuse_second_derivative(name: str) -> None:
+    """PyTorch's once_differentiable would take the gradient for a constant without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: its gradient cannot be differentiated again; expected a backward pass "
+            "without create_graph=True"
+        )
+
+
+def scaled(
+    grad: torch.Tensor | None, factor: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """grad * factor, the factor [N] or 0-d and not rounded to grad's dtype first; None is 1."""
+    if grad is None or factor is None:
+        return grad if grad is None else grad.to(dtype)
     factor = factor.reshape(-1, *[1] * (grad.ndim - 1))
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))

@@ -1,62 +1,67 @@
-"""What a caller can get wrong, refused by name; and the choice of implementation."""
+"""What a caller can get wrong about tensors, heads and vocabularies, refused by name."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from esr_kernels.checks import DTYPES, choose_impl, error, sees_values
-from esr_kernels.kl.rows import Backend, torch_row_step
-from esr_kernels.kl.vocab import torch_group
+from esr_kernels.checks import DTYPES, error, sees_values
 from esr_kernels.lm_head import LMHead, local
 
-_REDUCTIONS = ("mean", "sum", "none")
+
+def check_pair(what: str, shape: str, student: Any, teacher: Any) -> None:
+    """Two matrices of equally many rows on one device."""
+    for name, tensor in ((f"student_{what}", student), (f"teacher_{what}", teacher)):
+        if not isinstance(tensor, torch.Tensor):
+            raise error(name, f"a tensor {shape}", type(tensor).__name__)
+        if tensor.ndim != 2:
+            expected = f"shape {shape} (flatten batch and time)"
+            raise error(name, expected, f"shape {list(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise error(name, f"one of {DTYPES}", tensor.dtype)
+    if teacher.shape[0] != student.shape[0]:
+        expected = f"{student.shape[0]} rows as in student_{what} (the same tokens)"
+        raise error(f"teacher_{what}", expected, teacher.shape[0])
+    if teacher.device != student.device:
+        expected = f"device {student.device} as of student_{what} (move one of them)"
+        raise error(f"teacher_{what}", expected, teacher.device)
 
 
-def head(name: str, head: Any) -> LMHead:
-    if isinstance(head, LMHead):
-        return head.local()
-    if not isinstance(head, torch.Tensor):
+def check_rows_apart(name: str, logits: torch.Tensor) -> None:
+    """That a gradient can be written over them."""
+    num_rows, width = logits.shape
+    row_stride, stride = logits.stride()
+    if stride != 1 or (num_rows > 1 and row_stride < width):
+        expected = "rows side by side in memory with inplace=True (take contiguous logits)"
+        raise error(name, expected, f"strides {list(logits.stride())}")
+
+
+def head_for(who: str, head: Any, hidden: torch.Tensor) -> LMHead:
+    """The head as an LMHead, gathered, that fits the hidden states."""
+    name, hidden_name = f"{who}_head", f"{who}_hidden"
+    if isinstance(head, torch.Tensor):
+        if head.ndim != 2:
+            raise error(name, "a weight [V, D]", f"shape {list(head.shape)}")
+        if not head.is_floating_point():
+            raise error(name, f"one of {DTYPES}", head.dtype)
+        head = LMHead(local(head))
+    elif isinstance(head, LMHead):
+        head = head.local()
+    else:
         raise error(name, "an LMHead or its weight [V, D]", type(head).__name__)
-    if head.ndim != 2:
-        raise error(name, "a weight [V, D]", f"shape {list(head.shape)}")
-    if not head.is_floating_point():
-        raise error(name, f"one of {DTYPES}", head.dtype)
-    return LMHead(local(head))
-
-
-def check_side(who: str, hidden: Any, head: LMHead) -> None:
-    name = f"{who}_hidden"
-    if not isinstance(hidden, torch.Tensor):
-        raise error(name, "a tensor [N, D]", type(hidden).__name__)
-    if hidden.ndim != 2:
-        raise error(name, "shape [N, D]", f"shape {list(hidden.shape)}")
-    if hidden.dtype not in DTYPES:
-        raise error(name, f"one of {DTYPES}", hidden.dtype)
     weight = head.weight
     if weight.shape[1] != hidden.shape[1]:
-        expected = f"a weight [V, {hidden.shape[1]}] for {name} {list(hidden.shape)}"
-        raise error(f"{who}_head", expected, f"shape {list(weight.shape)}")
+        expected = f"a weight [V, {hidden.shape[1]}] for {hidden_name} {list(hidden.shape)}"
+        raise error(name, expected, f"shape {list(weight.shape)}")
     if weight.dtype != hidden.dtype:
-        raise error(f"{who}_head", f"{hidden.dtype} as in {name} (cast one of them)", weight.dtype)
+        raise error(name, f"{hidden.dtype} as in {hidden_name} (cast one of them)", weight.dtype)
     if weight.device != hidden.device:
-        raise error(f"{who}_head", f"device {hidden.device} as in {name}", weight.device)
-
-
-def check_logits(name: str, logits: Any) -> None:
-    if not isinstance(logits, torch.Tensor):
-        raise error(name, "a tensor [N, V]", type(logits).__name__)
-    if logits.ndim != 2:
-        raise error(name, "shape [N, V]", f"shape {list(logits.shape)}")
-    if logits.dtype not in DTYPES:
-        raise error(name, f"one of {DTYPES}", logits.dtype)
-
-
-def check_temperature(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise error(name, "a number > 0", repr(value))
+        expected = f"device {hidden.device} as of {hidden_name} (move one of them)"
+        raise error(name, expected, weight.device)
+    if not weight.shape[0]:
+        raise error(name, "a weight of at least one row", f"shape {list(weight.shape)}")
+    return head
 
 
 def common_vocab(vocab_size: Any, student_vocab: int, teacher_vocab: int) -> int:
@@ -65,20 +70,15 @@ def common_vocab(vocab_size: Any, student_vocab: int, teacher_vocab: int) -> int
         vocab_size = least
     if not isinstance(vocab_size, int) or not 0 < vocab_size <= least:
         expected = f"an int in 1..{least} (student {student_vocab}, teacher {teacher_vocab} ids)"
-        raise error("vocab_size", expected, vocab_size)
+        raise error("vocab_size", expected, repr(vocab_size))
     return vocab_size
-
-
-def check_reduction(reduction: Any) -> None:
-    if reduction not in _REDUCTIONS:
-        raise error("reduction", f"one of {_REDUCTIONS}", repr(reduction))
 
 
 def check_workspace(max_workspace_bytes: Any, row_bytes: int) -> None:
     if max_workspace_bytes is None:
         return
     if not isinstance(max_workspace_bytes, int) or max_workspace_bytes < row_bytes:
-        expected = f"None or at least {row_bytes}, the logits of one row,"
+        expected = f"None for the default, or an int from {row_bytes}, the logits of one row"
         raise error("max_workspace_bytes", expected, max_workspace_bytes)
 
 
@@ -89,69 +89,27 @@ def check_vocab_map(
         expected = "None with vocab_map, which says itself what both models share"
         raise error("vocab_size", expected, vocab_size)
     if not isinstance(vocab_map, torch.Tensor) or vocab_map.shape != (teacher_vocab,):
-        got = getattr(vocab_map, "shape", type(vocab_map).__name__)
-        raise error("vocab_map", f"a tensor [{teacher_vocab}], a student id a teacher id", got)
+        raise error(
+            "vocab_map",
+            f"a tensor [{teacher_vocab}], a student id a teacher id",
+            shape_of(vocab_map),
+        )
     if vocab_map.dtype != torch.int64:
         raise error("vocab_map", "torch.int64", vocab_map.dtype)
     if vocab_map.device != device:
         raise error("vocab_map", f"device {device}", vocab_map.device)
     if not sees_values(vocab_map):
         return
-    low, high = vocab_map.aminmax()
+    low, high = (bound.item() for bound in vocab_map.aminmax())
     if low < -1 or high >= student_vocab:
         expected = f"student ids in 0..{student_vocab - 1}, or -1 for none"
-        raise error("vocab_map", expected, f"{low.item()}..{high.item()}")
+        raise error("vocab_map", expected, f"{low}..{high}")
     if high < 0:
         raise error("vocab_map", "at least one teacher id that counts for a student id", "-1 only")
 
 
-def backend(impl: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    if choose_impl(impl, device, runs_on_triton=dtype == torch.float32) == "torch":
-        return Backend(torch_row_step, torch_group, overwrites=False)
-    from esr_kernels.kl import group_kernels, kernels
-
-    return Backend(kernels.triton_row_step, group_kernels.triton_group, overwrites=True)
-
-
-def weights(
-    token_weights: Any, num_rows: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor | None:
-    if token_weights is None:
-        return None
-    if not isinstance(token_weights, torch.Tensor) or token_weights.shape != (num_rows,):
-        got = getattr(token_weights, "shape", type(token_weights).__name__)
-        raise error("token_weights", f"a tensor [{num_rows}]", got)
-    if token_weights.is_complex():
-        raise error("token_weights", "a real dtype", token_weights.dtype)
-    if token_weights.device != device:
-        raise error("token_weights", f"device {device}", token_weights.device)
-    if sees_values(token_weights) and (token_weights < 0).any():
-        raise error("token_weights", "weights >= 0", token_weights.min().item())
-    return token_weights.detach().to(dtype).contiguous()
-
-
-def inverse(
-    reduction: str,
-    normalizer: Any,
-    weights: torch.Tensor | None,
-    num_rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> torch.Tensor | None:
-    """1 / normalizer for "mean", 0 where that is 0; without looking at it from the host."""
-    if normalizer is not None:
-        if reduction != "mean":
-            raise error("normalizer", f"None with reduction={reduction!r}", "a normalizer")
-        if not isinstance(normalizer, torch.Tensor) or normalizer.ndim != 0:
-            got = getattr(normalizer, "shape", type(normalizer).__name__)
-            raise error("normalizer", "a 0-d tensor", got)
-        if normalizer.device != device:
-            raise error("normalizer", f"device {device}", normalizer.device)
-        total = normalizer.detach().to(dtype)
-    elif reduction != "mean":
-        return None
-    elif weights is None:
-        total = torch.full((), num_rows, dtype=dtype, device=device)
-    else:
-        total = weights.sum()
-    return torch.where(total == 0, 0, total.reciprocal())
+def shape_of(value: Any) -> str:
+    """Of a tensor, else the type's name: what came where a tensor of some shape should."""
+    if isinstance(value, torch.Tensor):
+        return f"shape {list(value.shape)}"
+    return type(value).__name__

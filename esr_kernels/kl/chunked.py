@@ -74,7 +74,7 @@ def run_chunks(
     device = student.hidden.device
     num_rows, vocab_size = student.hidden.shape[0], student.weight.shape[0]
     teacher_vocab = teacher.weight.shape[0]
-    dtype = torch.promote_types(accumulate_dtype(student), accumulate_dtype(teacher))
+    dtype = accumulate_dtype(student.hidden.dtype, teacher.hidden.dtype)
     strides = row_strides(vocab_size, teacher_vocab, groups is not None, dtype.itemsize)
     borders = plan_chunks(num_rows, sum(strides) * dtype.itemsize, call.max_workspace_bytes)
     most = borders[1] if num_rows else 0  # the first chunk is the largest
@@ -142,9 +142,9 @@ def run_chunks(
     return values, grads
 
 
-def accumulate_dtype(side: Side) -> torch.dtype:
-    """Of logits, sums and accumulated gradients."""
-    return torch.promote_types(side.hidden.dtype, torch.float32)
+def accumulate_dtype(student: torch.dtype, teacher: torch.dtype) -> torch.dtype:
+    """Of logits, sums and accumulated gradients: float32, or float64 if an input is."""
+    return torch.promote_types(torch.promote_types(student, teacher), torch.float32)
 
 
 def operand_dtype(side: Side, dtype: torch.dtype) -> torch.dtype:

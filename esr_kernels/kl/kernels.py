@@ -237,8 +237,8 @@ def reverse_kl_row_kernel(
         if MAPPED:
             outside = outside_max + tl.log(outside_sum)
             student_covered = _share(student_max + student_log_sum, outside)
-            outside = tl.maximum(tl.load(teacher_ptr + num_columns), _NO_MASS)
-            teacher_covered = _share(teacher_max + teacher_log_sum, outside)
+            rest = tl.load(teacher_ptr + num_columns)
+            teacher_covered = _share(teacher_max + teacher_log_sum, rest)
         # In the order of stats.STATS; the rank, number 4, is counted in the second pass.
         tl.store(stats_ptr, divergence)
         tl.store(stats_ptr + stats_stride, student_log_sum - student_moment / student_sum)

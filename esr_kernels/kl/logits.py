@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from esr_kernels.kl.autograd import Reduce, scaled
+from esr_kernels.kl.autograd import refuse_second_derivative, scaled
+from esr_kernels.kl.options import Reduce
 from esr_kernels.kl.planner import plan_chunks, row_stride
 from esr_kernels.kl.rows import Activation, Backend, Rows
 
@@ -46,12 +47,11 @@ def run_rows(
         call.stats,
         None if grad is None else grad[:, prefix],
     )
-    with torch.autocast(student_logits.device.type, enabled=False):
-        if num_rows and call.backend.overwrites:
-            student, teacher = _rows_of(student_logits), _rows_of(call.teacher_logits)
-            call.backend.row_step(student[:, prefix], teacher[:, prefix], rows)
-        elif num_rows:
-            _run_copies(student_logits[:, prefix], call.teacher_logits[:, prefix], call, rows)
+    if num_rows and call.backend.overwrites:
+        student, teacher = _rows_of(student_logits), _rows_of(call.teacher_logits)
+        call.backend.row_step(student[:, prefix], teacher[:, prefix], rows)
+    elif num_rows:
+        _run_copies(student_logits[:, prefix], call.teacher_logits[:, prefix], call, rows)
     if grad is not None and call.vocab_size < width:
         grad[:, call.vocab_size :] = 0
     return values
@@ -96,15 +96,18 @@ class ReverseKL(torch.autograd.Function):
         if inplace:
             # Whoever saved the logits for their own backward is told that they are gone.
             torch.autograd.graph.increment_version(logits)
-        ctx.inplace, ctx.grad, ctx.inverse = inplace, grad, reduce.inverse
+            ctx.grad = grad
+        else:
+            ctx.save_for_backward(grad)
+        ctx.inplace, ctx.inverse = inplace, reduce.inverse
         return reduce(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.grad is None:
+        refuse_second_derivative("reverse_kl")
+        grad = ctx.grad if ctx.inplace else ctx.saved_tensors[0]
+        if grad is None:
             raise RuntimeError("reverse_kl: with inplace=True backward runs once, not again")
-        grad = ctx.grad
         # 1 / normalizer waits until here: before a gradient scaler's upstream gradient lifts it, a
         # 16-bit gradient would fall below what its dtype holds.
         factor = upstream if ctx.inverse is None else upstream * ctx.inverse

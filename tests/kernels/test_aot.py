@@ -9,8 +9,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
+from kl_cases import DEVICE, make_inputs
 
-from esr_kernels import aot
+from esr_kernels import aot, linear_reverse_kl
+from esr_kernels.kl import group_kernels, kernels
 
 CODE = """
 import json
@@ -91,6 +94,50 @@ def check_sampling(name: str, shared: int, loads: dict[str, int], nvidia: bool) 
     assert loads.get(str(min(bits, 128)), 0) >= (4 if "odd V" in name else 8), name
     # A word a warp for the last reductions: no noise moves between threads.
     assert shared <= 64, name
+
+
+# What a kernel's compilation depends on beside types and the caller's options.
+SIZES = ("WITH_STATS", "BLOCK_SIZE", "SHORT", "PROGRAMS")
+
+
+class Launches:
+    """Stands for a kernel; the sizes, warps and limits on registers it was launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.seen: set[Any] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            flags = {n: x for n, x in options.items() if n in self.kernel.arg_names}
+            self.seen.add(key(flags, options["num_warps"], options.get("maxnreg")))
+            self.kernel[grid](*arguments, **flags)
+
+        return launch
+
+
+def key(flags: dict[str, Any], num_warps: int, max_registers: int | None) -> Any:
+    return *(flags.get(name) for name in SIZES), num_warps, max_registers
+
+
+def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {}
+    for module, name in (
+        (kernels, "reverse_kl_row_kernel"),
+        (group_kernels, "group_short_kernel"),
+        (group_kernels, "group_long_kernel"),
+    ):
+        launched[name] = Launches(getattr(module, name))
+        monkeypatch.setattr(module, name, launched[name])
+    inputs = make_inputs(2, 67, 67)
+    sides = inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head
+    vocab_map = torch.arange(67, device=DEVICE) // 2
+    for stats in (False, True):
+        linear_reverse_kl(*sides, vocab_map=vocab_map, return_stats=stats, impl="triton")
+    monkeypatch.undo()
+    for launches in launched.values():
+        compiled = [v for v in aot.variants() if v.kernel is launches.kernel]
+        assert launches.seen == {key(v.flags, v.num_warps, v.max_registers) for v in compiled}
 
 
 def test_a_spill_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

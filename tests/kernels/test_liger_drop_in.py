@@ -6,7 +6,9 @@ import pytest
 import torch
 from numerics import relative_error
 
+from esr_kernels import LMHead, linear_reverse_kl
 from esr_kernels.integrations.liger import LigerFusedLinearJSD
+from esr_kernels.integrations.precision import match_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LABELS = [3, -100, 5, 7, 1, -100, 2]
@@ -121,6 +123,15 @@ def test_a_float32_head_under_autocast():
     for ours, other in zip(actual, expected, strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, other.float())
+
+
+def test_a_head_with_a_bias_takes_the_dtype_of_its_hidden_states():
+    weight, bias = torch.randn(131, 20, device=DEVICE), torch.randn(131, device=DEVICE)
+    head = LMHead(weight.requires_grad_(), bias.requires_grad_())
+    hidden, head = match_dtype(torch.randn(7, 20, device=DEVICE).bfloat16(), head)
+    linear_reverse_kl(hidden, head, hidden, torch.flip(head.weight, [0])).backward()
+    assert (head.weight.dtype, head.bias.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (weight.grad.dtype, bias.grad.dtype) == (torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,15 @@ def test_backward_twice(impl: str, reduction: str, dtype: torch.dtype) -> None:
     assert torch.equal(upstream, torch.full_like(value, 2.0))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_second_derivatives_are_refused(impl: str, reduction: str, train_head: bool) -> None:
+    inputs, leaves = make_inputs().leaves(train_head)
+    value = call(inputs, impl=impl, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="^linear_reverse_kl: its gradient cannot be different"):
+        torch.autograd.grad(value, list(leaves.values()), create_graph=True)
+
+
 @pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_each_leaf_alone(impl: str, leaf: str, reduction: str) -> None:
@@ -322,10 +331,19 @@ def test_models_of_different_dtypes(impl: str) -> None:
 
 
 def test_small_gradients_survive_fp16_under_a_gradient_scaler(impl: str) -> None:
-    inputs = make_inputs(dtype=torch.float16)
+    inputs = make_inputs(dtype=torch.float16, bias=True)
     normalizer = torch.tensor(1e8, device=DEVICE)
     upstream = torch.tensor(2.0**16, device=DEVICE)
-    check(inputs, impl, train_head=False, normalizer=normalizer, upstream=upstream)
+    check(inputs, impl, normalizer=normalizer, upstream=upstream)
+
+
+def test_sums_over_rows_above_what_fp16_holds(impl: str) -> None:
+    """Of the head's gradient; their mean is what fp16 must hold."""
+    inputs = make_inputs(num_rows=4, student_vocab=2, teacher_vocab=2, dtype=torch.float16)
+    inputs.student_hidden.copy_(torch.full_like(inputs.student_hidden, 5000.0))
+    inputs.student_head.weight.zero_()
+    inputs.teacher_hidden.copy_(inputs.teacher_hidden[:1].expand(4, -1) * 8)
+    check(inputs, impl)
 
 
 def test_nan_is_not_swallowed(impl: str) -> None:

@@ -32,6 +32,8 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("student_head", "[40, 9]", {"student_head": ones(V, D + 1)}),
     ("student_head", "bfloat16", {"student_head": ones(V, D, dtype=torch.bfloat16)}),
     ("student_head", "meta", {"student_head": ones(V, D, device="meta")}),
+    ("student_head", "[0, 8]", {"student_head": ones(0, D)}),
+    ("teacher_head", "[0, 9]", {"teacher_head": ones(0, D + 1), "vocab_map": ones(0).long()}),
     ("teacher_head", "[42, 8]", {"teacher_head": LMHead(ones(V + 2, D))}),
     ("teacher_head", "float16", {"teacher_head": LMHead(ones(V, D + 1).half())}),
     ("token_weights", "[4]", {"token_weights": ones(N - 1)}),
@@ -40,6 +42,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("token_weights", "complex64", {"token_weights": ones(N, dtype=torch.complex64)}),
     ("token_weights", "meta", {"token_weights": ones(N, device="meta")}),
     ("token_weights", "-0.5", {"token_weights": ones(N) * -0.5}),
+    ("token_weights", "nan", {"token_weights": ones(N) * float("nan")}),
     ("vocab_map", "list", {"vocab_map": [0] * (V + 2)}),
     ("vocab_map", "[40]", {"vocab_map": ones(V).long()}),
     ("vocab_map", "int32", {"vocab_map": ones(V + 2).int()}),
@@ -61,6 +64,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("reduction", "batchmean", {"reduction": "batchmean"}),
     ("normalizer", "float", {"normalizer": 3.0}),
     ("normalizer", "[1]", {"normalizer": ones(1)}),
+    ("normalizer", "complex64", {"normalizer": ones((), dtype=torch.complex64)}),
     ("normalizer", "meta", {"normalizer": ones((), device="meta")}),
     ("normalizer", "a normalizer", {"normalizer": ones(()), "reduction": "sum"}),
     ("max_workspace_bytes", "511", {"max_workspace_bytes": workspace(1, V) - 1}),
@@ -82,9 +86,16 @@ def test_bad_input(name: str, got: str, change: dict[str, Any]) -> None:
         linear_reverse_kl(**(GOOD | change))
 
 
-def test_the_least_workspace_is_said() -> None:
-    with pytest.raises(ValueError, match="at least 512, the logits of one row"):
-        linear_reverse_kl(**GOOD, max_workspace_bytes=1)
+def test_messages_say_what_to_do() -> None:
+    for change, advice in (
+        ({"max_workspace_bytes": 1}, "None for the default, or an int from 512, the logits of one"),
+        ({"student_hidden": ones(1, N, D)}, r"\(flatten batch and time\)"),
+        ({"student_head": ones(V, D).half()}, r"\(cast one of them\)"),
+        ({"student_head": ones(V, D, device="meta")}, r"\(move one of them\)"),
+        ({"normalizer": 3}, r"\(torch.tensor\(count\)\)"),
+    ):
+        with pytest.raises(ValueError, match=advice):
+            linear_reverse_kl(**(GOOD | change))
 
 
 def test_values_on_a_gpu_are_looked_at_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +116,10 @@ def test_values_on_a_gpu_are_looked_at_only_when_asked(monkeypatch: pytest.Monke
         ("bias", (ones(3, 2), ones(3, device="meta"))),
         ("softcap", (ones(3, 2), None, 0.0)),
         ("softcap", (ones(3, 2), None, float("inf"))),
+        ("softcap", (ones(3, 2), None, "30")),
+        ("softcap", (ones(3, 2), None, ones(()))),
         ("scale", (ones(3, 2), None, None, float("nan"))),
+        ("scale", (ones(3, 2), None, None, None)),
     ],
 )
 def test_bad_head(name: str, arguments: tuple[Any, ...]) -> None:

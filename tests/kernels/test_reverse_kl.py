@@ -164,12 +164,38 @@ def test_in_place_uses_the_logits_storage_once(impl: str) -> None:
         torch.autograd.grad(value, logits)
 
 
+def test_second_derivatives_are_refused(impl: str) -> None:
+    student, teacher = make_logits()
+    value = reverse_kl(student.requires_grad_(), teacher, impl=impl)
+    with pytest.raises(RuntimeError, match="^reverse_kl: its gradient cannot be differentiated"):
+        torch.autograd.grad(value, student, create_graph=True)
+
+
+def test_one_row_may_have_any_stride_in_place(impl: str) -> None:
+    student, teacher = make_logits(1)
+    leaf = torch.empty(131, 1, device=DEVICE).copy_(student.T).requires_grad_()
+    assert leaf.T.stride() == (1, 1)
+    value = reverse_kl((leaf * 1).T, teacher, inplace=True, impl=impl)
+    (grad,) = torch.autograd.grad(value, leaf)
+    expected = check(student, teacher, impl)
+    assert torch.equal(grad.T, expected["grad"])
+
+
 def test_in_place_is_seen_by_autograd(impl: str) -> None:
     student, teacher = make_logits()
     logits = (student.requires_grad_() * 1).exp()  # exp saves its result
     value = reverse_kl(logits, teacher, inplace=True, impl=impl)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+def test_in_place_is_seen_by_a_loss_whose_backward_comes_first(impl: str) -> None:
+    student, teacher = make_logits()
+    logits = student.requires_grad_() * 1
+    other = logits.square().sum()  # saves the logits
+    reverse_kl(logits, teacher, inplace=True, impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -19,6 +19,15 @@ def mesh(tmp_path: Path) -> Iterator[dist.DeviceMesh]:
     dist.destroy_process_group()
 
 
+def test_a_sharded_bias_beside_a_weight_that_is_not(mesh: dist.DeviceMesh) -> None:
+    inputs = make_inputs(bias=True)
+    head = inputs.student_head
+    assert head.bias is not None
+    sharded = LMHead(head.weight, distribute_tensor(head.bias, mesh, [Shard(0)])).local()
+    assert type(sharded.bias) is torch.Tensor
+    assert torch.equal(sharded.bias, head.bias)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_value_and_gradients(mesh: dist.DeviceMesh, reduction: str) -> None:
     inputs, leaves = make_inputs(bias=True).leaves(train_head=True)

@@ -25,6 +25,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from esr_kernels import linear_reverse_kl
 from esr_kernels.integrations.trl import use_in_trl
 
 trl = pytest.importorskip("trl")
@@ -52,8 +53,8 @@ SHAPE = {
 }
 
 
-def make_tokenizer():
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, VOCAB))]
+def make_tokenizer(num_words=VOCAB):
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, num_words))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "w2"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -257,6 +258,41 @@ def test_padded_vocabularies_that_trl_refuses(tmp_path, student_rows, teacher_ro
     assert not teacher.training
 
 
+def test_a_wider_student_samples_none_of_the_ids_that_the_teacher_lacks(tmp_path):
+    trainer = make_trainer(tmp_path, make_student(60), None)
+    trainer.generation_config.suppress_tokens = [5]
+    use_in_trl(trainer, make_teacher())
+    assert trainer.generation_config.suppress_tokens == [5, *range(48, 60)]
+
+
+@pytest.mark.parametrize("num_words", [VOCAB - 1, VOCAB + 2])
+def test_either_tokenizer_may_have_tokens_of_its_own(tmp_path, num_words):
+    trainer = make_trainer(tmp_path, make_student(), make_teacher())
+    use_in_trl(trainer, teacher_tokenizer=make_tokenizer(num_words))
+
+
+def test_the_last_token_must_have_a_row_in_both_heads(tmp_path):
+    trainer = make_trainer(tmp_path, make_student(), None)
+    with pytest.raises(ValueError, match="got 47 rows and 48 of the student.* ids up to 47"):
+        use_in_trl(trainer, make_teacher(VOCAB - 1))
+
+
+def test_the_teacher_builds_no_graph(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(student_hidden, student_head, teacher_hidden, teacher_head, **options):
+        seen.append((student_hidden.requires_grad, teacher_hidden.requires_grad))
+        sides = student_hidden, student_head, teacher_hidden, teacher_head
+        return linear_reverse_kl(*sides, **options)
+
+    monkeypatch.setattr("esr_kernels.integrations.trl.linear_reverse_kl", spy)
+    trainer = make_trainer(tmp_path, make_student(), make_teacher())
+    trainer.teacher_model.requires_grad_(True)
+    use_in_trl(trainer)
+    trainer._compute_loss(trainer.model, make_batch(), None)
+    assert seen == [(True, False)]
+
+
 def make_batch():
     return {
         "prompt_ids": torch.tensor([[0, 3, 4], [5, 6, 7]]),
@@ -265,6 +301,21 @@ def make_batch():
         "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
         "num_items_in_batch": 99,  # the loss goes by its argument
     }
+
+
+def test_both_models_read_what_goes_with_the_text(tmp_path):
+    trainer = make_trainer(tmp_path, make_student(), make_teacher())
+    use_in_trl(trainer)
+    inputs = make_batch() | {"pixel_values": torch.ones(2, 3), "advantages": torch.ones(2)}
+    seen = []
+
+    def hidden_states(model, input_ids, attention_mask, logits_to_keep, pixel_values=None):
+        seen.append(pixel_values)
+        return torch.zeros(2, logits_to_keep, model.config.hidden_size)
+
+    trainer._get_last_hidden_state = hidden_states
+    trainer._compute_loss(trainer.model, inputs, None)
+    assert [x is inputs["pixel_values"] for x in seen] == [True, True]
 
 
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(5.0)])

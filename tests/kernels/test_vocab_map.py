@@ -10,7 +10,8 @@ from kl_cases import DEVICE, DTYPES, IMPLS, check, evaluate, make_inputs
 from test_token_stats import check_stats, stats_of
 
 from esr_kernels import linear_reverse_kl
-from esr_kernels.kl.group_kernels import BLOCK_SIZE
+from esr_kernels.kl.group_kernels import BLOCK_SIZE, LONG_PROGRAMS
+from esr_kernels.kl.kernels import STATS_BLOCK_SIZE
 from esr_kernels.kl.vocab import SHORT_GROUP, make_groups
 
 TEACHER_VOCAB, STUDENT_VOCAB = 171, 131
@@ -26,12 +27,15 @@ def make_map(
         return torch.where(ids == 7, 3, -1)
     if kind == "all to one":
         return torch.zeros_like(ids)
+    if kind == "many long groups":  # more than there are programs for them
+        return ids // (SHORT_GROUP + 1)
     if kind == "long groups":  # about SHORT_GROUP members, on both sides of it
         return (ids // SHORT_GROUP).clamp(max=student_vocab - 1) - (ids % 29 == 0).long()
     return torch.randint(-1, student_vocab // 2, (teacher_vocab,), device=DEVICE)
 
 
-KINDS = ("identity", "one id", "all to one", "long groups", "random")
+KINDS = ("identity", "one id", "all to one", "long groups", "many long groups", "random")
+assert TEACHER_VOCAB // (SHORT_GROUP + 1) > LONG_PROGRAMS
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
 
 
@@ -55,7 +59,8 @@ def test_statistics(impl: str, kind: str) -> None:
     inputs = make_models(softcap=3.0, scale=1.3)
     options = {"temperature": 0.7, "teacher_temperature": 1.4}
     stats = check_stats(inputs, impl, vocab_map=make_map(kind), **options)
-    assert (stats.teacher_covered < 1).all() == (kind != "all to one")
+    everything = ("all to one", "many long groups")
+    assert (stats.teacher_covered < 1).all() == (kind not in everything)
     assert (stats.student_covered < 1).all() == (kind != "identity")
 
 
@@ -83,6 +88,14 @@ def test_more_than_a_block(impl: str) -> None:
     vocab_map = make_map("random", sizes["teacher_vocab"], sizes["student_vocab"])
     vocab_map[100:2000] = BLOCK_SIZE + 39
     check(inputs, impl, vocab_map=vocab_map)
+
+
+def test_masses_of_more_than_a_block(impl: str) -> None:
+    inputs = make_inputs(2, 2 * STATS_BLOCK_SIZE + 9, 300, bias=True)
+    assert inputs.student_head.bias is not None
+    inputs.student_head.bias[STATS_BLOCK_SIZE:] += 6.0
+    vocab_map = torch.randint(-1, 2 * STATS_BLOCK_SIZE, (300,), device=DEVICE)
+    check_stats(inputs, impl, vocab_map=vocab_map)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -134,6 +147,19 @@ def test_nan_is_not_swallowed(impl: str) -> None:
     inputs.teacher_hidden[1] = float("nan")
     stats = stats_of(inputs, impl=impl, vocab_map=vocab_map, reduction="none")
     assert stats.kl.isnan().tolist() == [False, True, False, False, False]
+
+
+def test_nan_outside_the_map_shows_in_the_masses_alone(impl: str) -> None:
+    inputs = make_models(bias=True)
+    assert inputs.student_head.bias is not None
+    assert inputs.teacher_head.bias is not None
+    vocab_map = make_map("one id")
+    inputs.teacher_head.bias[9] = float("nan")
+    inputs.student_head.bias[4] = float("nan")
+    stats = stats_of(inputs, impl=impl, vocab_map=vocab_map)
+    assert stats.teacher_covered.isnan().all()
+    assert stats.student_covered.isnan().all()
+    assert not stats.kl.isnan().any()
 
 
 def test_twice_is_bitwise_equal(impl: str) -> None:

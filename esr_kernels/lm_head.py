@@ -51,9 +51,24 @@ class LMHead:
         if not _is_finite(scale):
             raise ValueError(f"LMHead scale: expected a finite number, got {scale!r}")
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, D] -> [N, V] in the dtype of the inputs: the definition, not the loss's way."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+    def logits(self, hidden: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[N, D] -> [N, V], the definition, not the loss's way; by default in the inputs' dtype.
+
+        dtype: of the logits. Wider than the inputs, they are never rounded to the inputs'; without
+        a gradient on a GPU.
+        """
+        weight, bias = self.weight, self.bias
+        if dtype is not None and dtype != weight.dtype:
+            bias = None if bias is None else bias.to(dtype)
+        if dtype is None or dtype == weight.dtype:
+            logits = torch.nn.functional.linear(hidden, weight, bias)
+        elif hidden.is_cuda:
+            logits = torch.mm(hidden, weight.T, out_dtype=dtype)
+            logits = logits if bias is None else logits + bias
+        else:
+            logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits

@@ -36,6 +36,7 @@ def guarded(command: Callable[[list[str]], None], words: list[str]) -> int:
 
         # Libraries' news for their developers, and their own bars under ours.
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         logging.disable_progress_bar()
         command(words)
     except UserError as error:

@@ -61,6 +61,25 @@ class TrainConfig:
     top_p: float = option(1.0, "Nucleus sampling; 1 turns it off.")
     top_k: int = option(0, "Top-k sampling; 0 turns it off.")
 
+    rollout_engine: Literal["auto", "graph", "hf"] = option(
+        "auto",
+        "What generates: our decoder (graph) or Transformers' generate (hf). auto: graph wherever "
+        "it can decode the model.",
+    )
+    use_vllm: bool = option(False, "Generate with vLLM (pip install 'esr-kernels[vllm]').")
+    vllm_mode: Literal["colocate", "server"] = option(
+        "colocate", "vLLM in this process, or a server started with vllm serve (LoRA only)."
+    )
+    vllm_server_base_url: str | None = option(
+        None, "Address of the vLLM server, such as http://localhost:8000."
+    )
+    vllm_server_timeout: float = option(240.0, "Seconds a request to the vLLM server may take.")
+    vllm_gpu_memory_utilization: float = option(
+        0.3, "Share of the GPU's memory that a colocated vLLM takes."
+    )
+    vllm_max_model_length: int | None = option(
+        None, "Prompt and response tokens of a colocated vLLM. Default: the model's context."
+    )
     eos_token_ids: list[int] | None = option(
         None, "Tokens that end a response. Default: the student's generation config's.", nargs="+"
     )
@@ -111,6 +130,10 @@ class TrainConfig:
         _require(self.learning_rate <= 1, "learning_rate", "at most 1", self.learning_rate)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+        share = self.vllm_gpu_memory_utilization
+        _require(0 < share <= 1, "vllm_gpu_memory_utilization", "in (0, 1]", share)
+        if self.use_vllm:
+            self._check_vllm()
         if self.rollout_tokens > self.max_completion_length:
             raise UserError(
                 f"rollout_tokens is {self.rollout_tokens}, more than max_completion_length = "
@@ -122,6 +145,18 @@ class TrainConfig:
                     f"{name} is missing: student, teacher and data set are named together "
                     "(or none of them, for the embedded demo)"
                 )
+
+    def _check_vllm(self) -> None:
+        if self.rollout_engine != "auto":
+            raise UserError(
+                f"use_vllm and rollout_engine {self.rollout_engine} are two engines: leave one out"
+            )
+        if self.vllm_mode == "server" and not self.vllm_server_base_url:
+            raise UserError("vllm_mode server needs vllm_server_base_url, the server's address")
+        if self.vllm_mode == "server" and not self.use_peft:
+            raise UserError(
+                "vllm_mode server takes LoRA adapters only: use vllm_mode colocate, or use_peft"
+            )
 
     @property
     def max_new_tokens(self) -> int:
@@ -149,6 +184,7 @@ _POSITIVE = (
     "lora_alpha",
     "num_eval_samples",
     "per_device_eval_batch_size",
+    "vllm_server_timeout",
     "save_steps",
     "logging_steps",
 )

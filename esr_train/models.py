@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from esr_kernels import LMHead, linear_reverse_kl
+from esr_kernels import LMHead, RolloutBatch, gather_rows, linear_reverse_kl, rollout_batch
 from esr_train.align import Vocabulary
+from esr_train.attention import (
+    SAME_STATES,
+    PackedLayout,
+    accept_layouts,
+    no_mask,
+    relative_difference,
+    takes_layouts,
+)
 from esr_train.checkpoint import unreadable
 from esr_train.config import TrainConfig
 from esr_train.errors import UserError, first_line, loading_error
-from esr_train.rollout import Rollout
 
 
 def pick_device() -> torch.device:
@@ -146,12 +154,57 @@ def check_lm_head(model: Any, role: str) -> None:
         raise UserError(f"{role}: {error}") from error
     finally:
         core.train(was_training)
-    difference = (logits - expected).norm() / expected.norm().clamp(min=1e-6)
+    difference = relative_difference(logits, expected)
     if not difference < 0.02:  # bfloat16 rounding stays under 0.01; NaN is no agreement
         raise UserError(
             f"{role}: {type(core).__name__} makes its logits in a way the fused loss does not know "
             f"(relative difference {difference:.2g}); please report the architecture"
         )
+
+
+@torch.no_grad()
+def enable_packing(model: Any) -> str | None:
+    """Let `model` read packed batches, or say why it cannot; it is as it was then.
+
+    Tried, not looked up: an architecture may mix tokens by other means than attention.
+    """
+    core = transformer(model)
+    base = core.config._attn_implementation
+    if not accept_layouts(core):
+        return f"its attention, {base}, keeps its own masks"
+    last_id = core.config.get_text_config().vocab_size - 1
+    prompts = torch.linspace(0, last_id, 10, device=core.device).long().view(2, 5)
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    mask[0, :2] = False
+    batch = rollout_batch(prompts, mask, prompts[:, :0], eos_token_ids=())
+    was_training = core.training
+    core.eval()
+    try:
+        apart = [
+            core.get_decoder()(input_ids=row[seen][None], use_cache=False).last_hidden_state[0]
+            for row, seen in zip(prompts, mask, strict=True)
+        ]
+        difference = relative_difference(_hidden_states(core, batch), torch.cat(apart))
+        reason = None if difference < SAME_STATES else f"its states differ by {difference:.2g}"
+    except Exception as error:  # whatever an architecture says to a keyword that it does not know
+        reason = first_line(error)
+    finally:
+        core.train(was_training)
+    if reason:
+        core.set_attn_implementation(base)
+    return reason
+
+
+def _hidden_states(core: Any, batch: RolloutBatch) -> Tensor:
+    """Final hidden states of packed tokens, [T, D]."""
+    output = core.get_decoder()(
+        input_ids=batch.input_ids[None],
+        attention_mask=no_mask(batch.input_ids.device),
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        layout=PackedLayout(batch),
+    )
+    return output.last_hidden_state[0]
 
 
 @dataclass(frozen=True)
@@ -172,25 +225,34 @@ class Pair:
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
 
-    def response_states(self, model: Any, rollout: Rollout) -> Tensor:
-        """Final hidden states [n, D] of the rows that predict a response token; no logits."""
-        with self.autocast():
-            output = transformer(model).get_decoder()(
-                input_ids=rollout.input_ids,
-                attention_mask=rollout.attention_mask.long(),
-                position_ids=rollout.position_ids,
-                use_cache=False,
-            )
-        return rollout.loss_rows(output.last_hidden_state).to(self.dtype)
+    def response_states(self, model: Any, batch: RolloutBatch) -> Tensor:
+        """Final hidden states [n, D] of the rows that predict a response token; no logits.
 
-    @torch.no_grad()
-    def score(self, rollout: Rollout) -> Tensor:
-        """The teacher's hidden states [n, Dt] on the student's tokens."""
-        return self.response_states(self.teacher, rollout)
+        Packed where the model can (`enable_packing`), else padded: the same to rounding.
+        """
+        core = transformer(model)
+        with self.autocast():
+            if takes_layouts(core):
+                states = gather_rows(_hidden_states(core, batch), batch.loss_rows)
+            else:
+                padded = batch.padded(self.vocabulary.pad_token_id)
+                output = core.get_decoder()(
+                    input_ids=padded.input_ids,
+                    attention_mask=padded.attention_mask.long(),
+                    position_ids=padded.position_ids,
+                    use_cache=False,
+                )
+                states = gather_rows(output.last_hidden_state, padded.loss_rows)
+        return states.to(self.dtype)
+
+    @torch.inference_mode()
+    def score(self, batch: RolloutBatch) -> Tensor:
+        """The teacher's hidden states [n, Dt] on the student's tokens; nothing else is kept."""
+        return self.response_states(self.teacher, batch)
 
     def reverse_kl(
         self,
-        rollout: Rollout,
+        batch: RolloutBatch,
         teacher_states: Tensor,
         *,
         reduction: str = "mean",
@@ -198,7 +260,7 @@ class Pair:
     ) -> Tensor:
         """KL(student || teacher) over the response rows, differentiable in the student."""
         return linear_reverse_kl(
-            self.response_states(self.student, rollout),
+            self.response_states(self.student, batch),
             lm_head(self.student, self.dtype),
             teacher_states,
             lm_head(self.teacher, self.dtype),
@@ -219,4 +281,7 @@ def load_pair(
     teacher = load_teacher(config, device)
     check_lm_head(student, "model_name_or_path")
     check_lm_head(teacher, "teacher_model_name_or_path")
+    for role, model in (("student", student), ("teacher", teacher)):
+        if reason := enable_packing(model):
+            warnings.warn(f"the {role} reads padded batches: {reason}", stacklevel=2)
     return Pair(student, teacher, vocabulary, compute_dtype(config, device), device)

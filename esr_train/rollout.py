@@ -1,14 +1,19 @@
-"""Student generation: at most N response tokens a prompt, and which of them carry loss."""
+"""Student generation: at most N response tokens a prompt, by one of several engines."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+
+from esr_kernels import LMHead, SamplingState, sample_tokens
+from esr_train.decoder import DecodeWeights, StaticDecoder, decoding_error
+from esr_train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,68 +29,22 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """What writes rollouts. `HFEngine` is one; a faster one has the same method."""
+    """What writes rollouts."""
+
+    def update_weights(self) -> None:
+        """Write with the student's present weights from now on."""
 
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int) -> Tensor:
         """Responses [B, R] int64 to left-padded prompts [B, P]; anything may follow a row's EOS."""
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """A batch of truncated rollouts, padded: prompts on the left, responses on the right.
-
-    input_ids [B, T] int64, attention_mask [B, T] bool (True on real tokens, T = P + R).
-    response_mask [B, R] bool: tokens that carry loss, the EOS included, nothing after it.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor
-
-    @property
-    def responses(self) -> Tensor:
-        """Response tokens [B, R]; what follows an EOS is not part of the answer."""
-        return self.input_ids[:, -self.response_mask.shape[1] :]
-
-    @property
-    def position_ids(self) -> Tensor:
-        """[B, T], counted from each row's first real token."""
-        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
-    @property
-    def response_positions(self) -> Tensor:
-        """[n]: 0 for each response's first token, in the order of `loss_rows`."""
-        return self.response_mask.nonzero()[:, 1]
-
-    def loss_rows(self, hidden: Tensor) -> Tensor:
-        """The hidden states [n, D], of [B, T, D], that predict a response token."""
-        num_positions = self.response_mask.shape[1]
-        return hidden[:, -num_positions - 1 : -1][self.response_mask]
-
-
-def make_rollout(
-    prompt_ids: Tensor, prompt_mask: Tensor, responses: Tensor, eos_token_ids: tuple[int, ...]
-) -> Rollout:
-    """Join left-padded prompts [B, P] and responses [B, R]; what follows the first EOS is dropped.
-
-    The EOS is found by its place, not by padding, so a pad token that equals EOS does no harm.
-    """
-    is_eos = torch.isin(responses, torch.tensor(eos_token_ids, device=responses.device))
-    eos_before = is_eos.cumsum(dim=1) - is_eos.long()
-    response_mask = eos_before == 0
-    return Rollout(
-        input_ids=torch.cat([prompt_ids, responses], dim=1),
-        attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
-        response_mask=response_mask,
-    )
-
-
 class HFEngine:
     """`model.generate` of Transformers."""
 
-    def __init__(self, model: Any, sampling: Sampling) -> None:
-        """model: the Transformers model itself, with any adapters inside it."""
+    def __init__(self, model: Any, sampling: Sampling, dtype: torch.dtype = torch.float32) -> None:
+        """model: the Transformers model itself, with any adapters inside it. dtype: of compute."""
         self.model = model
+        self.dtype = dtype
         vocab_size = model.config.get_text_config().vocab_size
         words: dict[str, Any] = {"do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
@@ -99,6 +58,9 @@ class HFEngine:
             **words,
         )
 
+    def update_weights(self) -> None:
+        """Nothing to do: it is the student itself that writes."""
+
     @torch.no_grad()
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int) -> Tensor:
         # generate() fills what we leave unset from the model's own generation config; a repetition
@@ -108,13 +70,174 @@ class HFEngine:
         own, was_training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()
         self.model.eval()
+        bf16 = self.dtype == torch.bfloat16
         try:
-            sequences = self.model.generate(
-                input_ids=prompt_ids,
-                attention_mask=prompt_mask.long(),
-                generation_config=generation_config,
-            )
+            with torch.autocast(prompt_ids.device.type, torch.bfloat16, enabled=bf16):
+                sequences = self.model.generate(
+                    input_ids=prompt_ids,
+                    attention_mask=prompt_mask.long(),
+                    generation_config=generation_config,
+                )
         finally:
             self.model.generation_config = own
             self.model.train(was_training)
         return sequences[:, prompt_ids.shape[1] :]
+
+
+# A session holds whole buckets of slots, and one of up to so many times the need is used again:
+# masked slots cost little, capturing a graph a second.
+SLOT_BUCKET = 128
+MOST_SPARE = 4
+# Tokens between two looks at whether all rows are done: the host runs at most twice as far ahead.
+CHECK_EVERY = 8
+
+
+class GraphEngine:
+    """Our decoder: a static cache, and a step that is one CUDA graph from token to token.
+
+    On a CPU the same step runs without a graph. The samples depend on torch's random state alone.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sampling: Sampling,
+        dtype: torch.dtype = torch.float32,
+        merge_adapters: bool = True,
+    ) -> None:
+        """As `HFEngine`. merge_adapters: False leaves LoRA's layers in the step."""
+        self.sampling = sampling
+        self.weights = DecodeWeights(model, dtype, merge_adapters)
+        self.session: Session | None = None
+
+    def update_weights(self) -> None:
+        self.weights.refresh()
+
+    @torch.no_grad()
+    def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int) -> Tensor:
+        batch_size, width = prompt_ids.shape
+        # From the CPU's generator: the step's seed decides, and no device is waited for.
+        seed = int(torch.randint(2**62, ()))
+        with torch.autocast(prompt_ids.device.type, enabled=False):
+            session = self._session(batch_size, width + max_new_tokens, prompt_ids.device)
+            session.start(prompt_ids, prompt_mask, seed)
+            count = 1
+            while count < max_new_tokens and not session.all_done(count):
+                session.step()
+                count += 1
+        return session.state.tokens[:, :count].clone()
+
+    def _session(self, batch_size: int, num_slots: int, device: torch.device) -> Session:
+        buckets = -(-num_slots // SLOT_BUCKET)
+        need = buckets * SLOT_BUCKET
+        session = self.session
+        if (
+            session is None
+            or session.batch_size != batch_size
+            or not need <= session.num_slots <= MOST_SPARE * need
+        ):
+            self.session = None  # its memory goes before the new one's comes
+            session = Session(self.weights.model, self.sampling, batch_size, need, device)
+            self.session = session
+        return session
+
+
+class Session:
+    """Buffers, and on a GPU the captured step, for one batch size and number of slots."""
+
+    def __init__(
+        self, model: Any, sampling: Sampling, batch_size: int, num_slots: int, device: torch.device
+    ) -> None:
+        self.batch_size, self.num_slots = batch_size, num_slots
+        self.sampling = sampling
+        head = LMHead.from_model(model)
+        vocab_size = sampling.suppress_from
+        bias = None if head.bias is None else head.bias[:vocab_size]
+        self.head = replace(head, weight=head.weight[:vocab_size], bias=bias)
+        self.eos_token_ids = torch.tensor(sampling.eos_token_ids, device=device)
+        self.decoder = StaticDecoder(model, batch_size, num_slots, device)
+        self.state = SamplingState.create(
+            batch_size, num_slots, seed=0, pad_token_id=sampling.pad_token_id, device=device
+        )
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._done: Tensor | None = None
+        self._looked: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._done = torch.zeros((), dtype=torch.bool, pin_memory=True)
+
+    def start(self, prompt_ids: Tensor, prompt_mask: Tensor, seed: int) -> None:
+        """The first token of every row."""
+        if prompt_ids.is_cuda and self.graph is None:
+            self._capture(prompt_ids, prompt_mask)
+        self._looked = None
+        self.state.reset(seed)
+        self._sample(self.decoder.prefill(prompt_ids, prompt_mask))
+
+    def step(self) -> None:
+        """One more token of every row that is not done."""
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+
+    def all_done(self, count: int) -> bool:
+        """Whether every row is, after `count` tokens; on a GPU as it was some tokens ago."""
+        if self._done is None:
+            return bool(self.state.done.all())
+        if count % CHECK_EVERY:
+            return False
+        done = False
+        if self._looked is not None:
+            self._looked.synchronize()  # the stream has CHECK_EVERY more tokens to go on with
+            done = bool(self._done)
+        self._done.copy_(self.state.done.all(), non_blocking=True)
+        self._looked = torch.cuda.Event()
+        self._looked.record()
+        return done
+
+    def _step(self) -> None:
+        self._sample(self.decoder.step(self.state.next_tokens))
+
+    def _sample(self, hidden: Tensor) -> None:
+        sample_tokens(
+            self.head.logits(hidden, torch.float32),
+            self.state,
+            temperature=self.sampling.temperature,
+            top_k=self.sampling.top_k,
+            top_p=self.sampling.top_p,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def _capture(self, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        """Record one step. What it writes meanwhile, `start` writes over."""
+        self.decoder.prefill(prompt_ids, prompt_mask)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels, makes the libraries' workspaces
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self.graph = graph
+
+
+def local_engine(
+    name: str, model: Any, sampling: Sampling, dtype: torch.dtype = torch.float32
+) -> Engine:
+    """The engine "hf" or "graph", or with "auto" our decoder wherever it can decode `model`.
+
+    Raises UserError for "graph" where it cannot.
+    """
+    if name == "hf":
+        return HFEngine(model, sampling, dtype)
+    engine = GraphEngine(model, sampling, dtype)
+    reason = decoding_error(engine.weights.model)
+    if reason is None:
+        return engine
+    kind = type(model).__name__
+    if name == "graph":
+        raise UserError(f"rollout_engine graph cannot decode {kind}: {reason}; use hf, or auto")
+    warnings.warn(f"rollout_engine hf, as graph cannot decode {kind}: {reason}", stacklevel=2)
+    return HFEngine(model, sampling, dtype)

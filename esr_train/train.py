@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
+from esr_kernels import RolloutBatch, rollout_batch
 from esr_train.align import Vocabulary, load_vocabulary
 from esr_train.checkpoint import (
     check_new_run_folder,
@@ -45,7 +46,7 @@ from esr_train.report import (
     read_before,
     say,
 )
-from esr_train.rollout import Engine, HFEngine, Rollout, Sampling, make_rollout
+from esr_train.rollout import Engine, Sampling, local_engine
 
 
 def train(
@@ -94,7 +95,7 @@ def _train(
     before: Evaluation | None,
 ) -> dict[str, Any]:
     """Evaluate, train and evaluate, into a run folder that is ours."""
-    engine = HFEngine(transformer(pair.student), sampling(config, pair.vocabulary))
+    engine = make_engine(config, pair, run)
     log = MetricsLog(run / "metrics.jsonl", keep_steps=first_step)
     if before is None:
         before = evaluate_with_bar("before", pair, engine, prompts, config)
@@ -133,11 +134,13 @@ def train_step(
     torch.manual_seed(mix_seed(config.seed, step))
 
     with phase("student_generation"):
+        engine.update_weights()
         rollouts = [
             generate(pair, engine, batch, config.max_new_tokens)
             for batch in step_batches(step, config, prompts)
         ]
-    num_tokens = torch.stack([rollout.response_mask.sum() for rollout in rollouts]).sum()
+    num_tokens = sum(len(rollout.targets) for rollout in rollouts)
+    normalizer = torch.full((), num_tokens, device=pair.device)
 
     loss = torch.zeros((), device=pair.device)
     for rollout in rollouts:
@@ -145,7 +148,7 @@ def train_step(
             teacher_states = pair.score(rollout)
         with phase("student_training"):
             # The mean is over the response tokens of the whole step, not of this batch.
-            batch_loss = pair.reverse_kl(rollout, teacher_states, normalizer=num_tokens)
+            batch_loss = pair.reverse_kl(rollout, teacher_states, normalizer=normalizer)
             batch_loss.backward()
             loss += batch_loss.detach()
     with phase("student_training"):
@@ -162,15 +165,15 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
 
     seconds = time.perf_counter() - start
-    num_responses = sum(len(rollout.response_mask) for rollout in rollouts)
+    num_responses = sum(len(rollout.response_lengths) for rollout in rollouts)
     return {
         "step": step + 1,
         "loss": loss.item(),
-        "kl_per_response": loss.item() * int(num_tokens) / num_responses,
+        "kl_per_response": loss.item() * num_tokens / num_responses,
         "grad_norm": grad_norm.item(),
         "learning_rate": learning_rate,
-        "response_tokens": int(num_tokens),
-        "tokens_per_second": int(num_tokens) / seconds,
+        "response_tokens": num_tokens,
+        "tokens_per_second": num_tokens / seconds,
         "seconds": seconds,
         "phases": phase.take(),
     }
@@ -187,12 +190,41 @@ def step_batches(step: int, config: TrainConfig, prompts: Prompts) -> list[list[
     ]
 
 
-def generate(pair: Pair, engine: Engine, prompts: list[list[int]], max_new_tokens: int) -> Rollout:
+def generate(
+    pair: Pair, engine: Engine, prompts: list[list[int]], max_new_tokens: int
+) -> RolloutBatch:
     """Sample one response a prompt, stopped at EOS or after `max_new_tokens`."""
     prompt_ids, prompt_mask = pad_left(prompts, pair.vocabulary.pad_token_id, pair.device)
-    with pair.autocast():
-        responses = engine.generate(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens)
-    return make_rollout(prompt_ids, prompt_mask, responses, pair.vocabulary.eos_token_ids)
+    responses = engine.generate(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens)
+    return rollout_batch(
+        prompt_ids,
+        prompt_mask,
+        responses,
+        eos_token_ids=pair.vocabulary.eos_token_ids,
+        rollout_tokens=max_new_tokens,
+    )
+
+
+def make_engine(config: TrainConfig, pair: Pair, run: Path) -> Engine:
+    """What writes the run's rollouts. Raises UserError where it cannot."""
+    words = sampling(config, pair.vocabulary)
+    if not config.use_vllm:
+        return local_engine(config.rollout_engine, transformer(pair.student), words, pair.dtype)
+    from esr_train.vllm_engine import VLLMEngine
+
+    return VLLMEngine(
+        pair.student,
+        words,
+        str(config.model_name_or_path),
+        mode=config.vllm_mode,
+        dtype=pair.dtype,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        max_model_len=config.vllm_max_model_length,
+        trust_remote_code=config.trust_remote_code,
+        server_base_url=config.vllm_server_base_url,
+        server_timeout=config.vllm_server_timeout,
+        adapter_dir=run,
+    )
 
 
 def sampling(config: TrainConfig, vocabulary: Vocabulary) -> Sampling:

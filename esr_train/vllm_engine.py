@@ -34,6 +34,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from esr_train.checkpoint import full_disk_names
+from esr_train.decoder import merged_weight
 from esr_train.errors import UserError, first_line
 from esr_train.rollout import Sampling
 
@@ -155,11 +156,7 @@ def _sampling_words(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
 
 
 def full_weights(student: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) as in a checkpoint of the student's class, LoRA merged, one at a time.
-
-    Merged in float32 and rounded once, out of place: merging into a bfloat16 weight and out of it
-    again, step after step, would wear it away.
-    """
+    """(name, weight) as in a checkpoint of the student's class, LoRA merged, one at a time."""
     if not isinstance(student, PeftModel):
         yield from student.named_parameters()
         return
@@ -170,8 +167,7 @@ def full_weights(student: Any) -> Iterator[tuple[str, Tensor]]:
     for name, weight in model.named_parameters():
         layer, adapted, kind = name.rpartition(".base_layer.")
         if adapted and kind == "weight":
-            delta = layers[layer].get_delta_weight(student.active_adapter)
-            yield f"{layer}.weight", (weight.float() + delta.float()).to(weight.dtype)
+            yield f"{layer}.weight", merged_weight(layers[layer]).to(weight.dtype)
         elif ".lora_" not in name:
             yield name.replace(".base_layer.", "."), weight
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from esr_kernels import RolloutBatch, rollout_batch
 from esr_train.config import TrainConfig
 from esr_train.data import Prompts, pad_left
 from esr_train.models import Pair
-from esr_train.rollout import Engine, Rollout, make_rollout
+from esr_train.rollout import Engine
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,14 @@ def evaluate(
         torch.random.fork_rng(devices=[pair.device] if pair.device.type == "cuda" else []),
     ):
         torch.manual_seed(config.seed)
+        engine.update_weights()
         for first in range(0, len(work), config.per_device_eval_batch_size):
             batch = work[first : first + config.per_device_eval_batch_size]
             ids, mask = pad_left(
                 [prompts.eval[i] for i in batch], vocabulary.pad_token_id, pair.device
             )
-            with pair.autocast():
-                responses = engine.generate(ids, mask, max_new_tokens=config.max_completion_length)
-            rollout = make_rollout(ids, mask, responses, vocabulary.eos_token_ids)
+            responses = engine.generate(ids, mask, max_new_tokens=config.max_completion_length)
+            rollout = rollout_batch(ids, mask, responses, eos_token_ids=vocabulary.eos_token_ids)
             kl = pair.reverse_kl(rollout, pair.score(rollout), reduction="none").double()
             positions = rollout.response_positions
             profile.index_add_(1, positions, torch.stack([kl, torch.ones_like(kl)]))
@@ -129,10 +130,7 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _texts(rollout: Rollout, tokenizer: Any) -> list[str]:
+def _texts(rollout: RolloutBatch, tokenizer: Any) -> list[str]:
     """Each response as text, up to its EOS."""
-    lengths = rollout.response_mask.sum(dim=1).tolist()
-    answers = [
-        ids[:length] for ids, length in zip(rollout.responses.tolist(), lengths, strict=True)
-    ]
+    answers = rollout.targets.split(rollout.response_lengths.tolist())
     return list(tokenizer.batch_decode(answers, skip_special_tokens=True))

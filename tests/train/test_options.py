@@ -17,7 +17,7 @@ from esr_train.eval.measure import evaluate
 from esr_train.metrics import PhaseMeter
 from esr_train.models import load_pair, load_student, transformer
 from esr_train.rollout import HFEngine
-from esr_train.train import make_optimizer, sampling, train, train_step
+from esr_train.train import make_engine, make_optimizer, sampling, train, train_step
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def make_step(config):
     vocabulary = load_vocabulary(config)
     prompts = load_prompts(config, vocabulary, 100)
     pair = load_pair(config, vocabulary, CPU)
-    engine = HFEngine(transformer(pair.student), sampling(config, vocabulary))
+    engine = make_engine(config, pair, Path("unused"))
     optimizer, scheduler = make_optimizer(config, pair)
 
     def step(number=0):
@@ -125,7 +125,7 @@ def test_loading_options(config, monkeypatch, trust):
         assert [call["trust_remote_code"] for call in ours] == [trust, trust]
     assert all(call["use_safetensors"] is True for call in spies[0].calls)
     for model in (pair.student, pair.teacher):
-        assert transformer(model).config._attn_implementation == "eager"
+        assert transformer(model).config._attn_implementation == "esr_eager"
 
 
 def test_a_hub_data_set_is_named_in_full(config, monkeypatch):
@@ -237,7 +237,7 @@ def test_evaluation_is_the_kl_of_whole_responses(config):
     for name, parameter in pair.student.named_parameters():
         if "lora_B" in name:  # dropout in the evaluation would show
             parameter.normal_(std=0.5)
-    engine = HFEngine(transformer(pair.student), sampling(given, vocabulary))
+    engine = make_engine(given, pair, Path("unused"))
     found = evaluate(pair, engine, prompts, given)
     assert pair.student.training
     pair.student.eval()
@@ -277,6 +277,9 @@ def test_every_response_is_graded_once_as_text_up_to_its_eos(config):
         """Answers "a<eos>b" and "b<eos>b" in turn."""
 
         def __init__(self):
+            self.count = 0
+
+        def update_weights(self):
             self.count = 0
 
         def generate(self, prompt_ids, prompt_mask, *, max_new_tokens):

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,11 @@ from esr_train.errors import UserError
 from esr_train.eval.measure import evaluate
 from esr_train.metrics import PHASES, PhaseMeter
 from esr_train.models import load_pair, transformer
-from esr_train.rollout import HFEngine
 from esr_train.train import (
     generate,
+    make_engine,
     make_optimizer,
     max_prompt_tokens,
-    sampling,
     step_batches,
     train,
     train_step,
@@ -40,7 +40,7 @@ def set_up(config):
     vocabulary = load_vocabulary(config)
     prompts = load_prompts(config, vocabulary, max_prompt_tokens(config, vocabulary))
     pair = load_pair(config, vocabulary, CPU)
-    return pair, prompts, HFEngine(transformer(pair.student), sampling(config, vocabulary))
+    return pair, prompts, make_engine(config, pair, Path("unused"))
 
 
 def float64_gradients(pair, rollouts):
@@ -49,17 +49,18 @@ def float64_gradients(pair, rollouts):
     student.zero_grad()
     total, tokens = 0.0, 0
     for rollout in rollouts:
-        logprobs = []
-        for model in (transformer(student), transformer(teacher)):
-            logits = model(
-                input_ids=rollout.input_ids,
-                attention_mask=rollout.attention_mask.long(),
-                position_ids=rollout.position_ids,
-            ).logits[..., : pair.vocabulary.size]
-            logprobs.append(rollout.loss_rows(logits).log_softmax(-1))
-        own, reference = logprobs
-        total = total + (own.exp() * (own - reference)).sum()
-        tokens += int(rollout.response_mask.sum())
+        # A sequence at a time: neither packed nor padded.
+        bounds = rollout.cu_seqlens.tolist()
+        for (first, last), length in zip(pairwise(bounds), rollout.response_lengths, strict=True):
+            ids = rollout.input_ids[None, first:last]
+            own, reference = (
+                model(input_ids=ids)
+                .logits[0, -length - 1 : -1, : pair.vocabulary.size]
+                .log_softmax(-1)
+                for model in (transformer(student), transformer(teacher))
+            )
+            total = total + (own.exp() * (own - reference)).sum()
+            tokens += int(length)
     loss = total / tokens
     loss.backward()
     gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
@@ -98,6 +99,7 @@ def test_gradient_of_a_step_is_the_papers(config, changes):
 
     hook = optimizer.register_step_pre_hook(keep)
     torch.manual_seed(mix_seed(config.seed, 0))
+    engine.update_weights()
     rollouts = [
         generate(pair, engine, batch, config.max_new_tokens)
         for batch in step_batches(0, config, prompts)
@@ -107,7 +109,7 @@ def test_gradient_of_a_step_is_the_papers(config, changes):
     hook.remove()
     pair.student.load_state_dict(before, strict=False)
 
-    lengths = torch.cat([rollout.response_mask.sum(1) for rollout in rollouts])
+    lengths = torch.cat([rollout.response_lengths for rollout in rollouts])
     assert record["response_tokens"] == lengths.sum()
     assert lengths.max() <= config.max_new_tokens
     if config.max_new_tokens > 1:
@@ -344,8 +346,8 @@ def test_gradient_checkpointing_recomputes(config):
     layer = transformer(pair.student).model.layers[0]
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     train_step(0, config, pair, engine, prompts, *make_optimizer(config, pair), PhaseMeter(CPU))
-    # Once a generated token, once forward, and once more in backward.
-    assert calls == [False] * config.max_new_tokens + [True] * 2
+    # Once forward, and once more in backward; it is the student's twin that generates.
+    assert calls == [True] * 2
 
 
 def test_heads_of_the_pair_are_plain(config):

@@ -1,0 +1,246 @@
+"""Which tokens see which: packed sequences, and a decoder's cache, for any model of Transformers.
+
+Transformers hands the keywords of a forward pass down to its attention function. Ours looks there
+for a `layout`; without one it is the attention that the model was loaded with. So one model trains
+on packed batches and still answers to `generate`, and a layer's sliding window and softcap, which
+come along, need no knowledge of the architecture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from inspect import signature
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from esr_kernels import RolloutBatch, gather_rows
+
+# Their masks are tensors, which a layout replaces. Flash attention and others keep their own ways.
+REPLACEABLE = ("sdpa", "eager")
+_PREFIX = "esr_"
+# Relative difference of hidden states that are the same but for rounding, bfloat16's included.
+SAME_STATES = 0.05
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a layer weighs: softmax(softcap * tanh(scale * q @ k / softcap)) over `window` tokens.
+
+    window: how many tokens a token sees, itself included; None: all before it.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Layout(Protocol):
+    """Which tokens see which."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Queries [B, Hq, Tq, D] over keys and values [B, Hkv, Tk, D]: [B, Tq, Hq, D]."""
+
+
+def accept_layouts(model: Any) -> bool:
+    """Let `model`'s forward take `layout=`; False if its attention cannot."""
+    base = model.config._attn_implementation
+    if takes_layouts(model):
+        return True
+    if base not in REPLACEABLE:
+        return False
+    name = _PREFIX + base
+    AttentionInterface.register(name, partial(_attention, base))
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    model.set_attn_implementation(name)
+    return takes_layouts(model)
+
+
+def takes_layouts(model: Any) -> bool:
+    return model.config._attn_implementation.startswith(_PREFIX)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """An attention mask of four dimensions: Transformers makes none of its own then."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _attention(
+    base: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if layout is None:
+        # Each modeling file has an eager function of its own.
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attend = own if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+        return attend(module, query, key, value, attention_mask, **options)  # type: ignore[misc]
+    scale = options.get("scaling")
+    scores = Scores(
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        options.get("dropout") or 0.0,
+        options.get("sliding_window"),
+        options.get("softcap"),
+    )
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return layout.attend(query, key, value, scores), None
+
+
+def relative_difference(states: Tensor, expected: Tensor) -> float:
+    """In L2 norm."""
+    return ((states - expected).float().norm() / expected.float().norm().clamp(min=1e-6)).item()
+
+
+class PackedLayout:
+    """Sequences one behind another in a batch of one: each token sees its own, up to itself.
+
+    flash-attn where it is installed, else PyTorch's variable-length attention, both on a GPU in 16
+    bits; otherwise the sequences are laid side by side for the time of the attention.
+    """
+
+    def __init__(self, batch: RolloutBatch) -> None:
+        self.cu_seqlens = batch.cu_seqlens
+        self.num_sequences = len(batch.cu_seqlens) - 1
+        self.max_seqlen = batch.max_seqlen
+        starts = batch.cu_seqlens[:-1].long()
+        sequence = torch.searchsorted(
+            batch.cu_seqlens[1:],
+            torch.arange(len(batch.input_ids), device=starts.device),
+            right=True,
+        )
+        # Of every packed row in [num_sequences * max_seqlen]: sequences are padded on the right.
+        self.padded_rows = sequence * self.max_seqlen + batch.position_ids
+        self._bands: dict[int, Tensor] = {}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        if scores.window is not None and scores.window >= self.max_seqlen:
+            scores = replace(scores, window=None)
+        kernel = varlen_kernel(query, scores)
+        if kernel is not None:
+            states = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+            return kernel(*states, self.cu_seqlens, self.max_seqlen, scores).unsqueeze(0)
+        # No row that counts sees what follows it, so the padding needs no mask.
+        plain = scores.window is None and scores.softcap is None
+        mask = None if plain else self._band(scores.window, query.device)
+        query, key, value = map(self._side_by_side, (query, key, value))
+        padded = attend_masked(query, key, value, mask, scores)
+        rows = gather_rows(padded.flatten(0, 1).flatten(1), self.padded_rows)
+        return rows.view(1, -1, *padded.shape[2:])
+
+    def _side_by_side(self, states: Tensor) -> Tensor:
+        """[1, H, T, D] -> [B, H, L, D]"""
+        rows = states.squeeze(0).transpose(0, 1)
+        padded = rows.new_zeros(self.num_sequences * self.max_seqlen, *rows.shape[1:])
+        padded = padded.index_copy(0, self.padded_rows, rows)
+        return padded.view(self.num_sequences, self.max_seqlen, *rows.shape[1:]).transpose(1, 2)
+
+    def _band(self, window: int | None, device: torch.device) -> Tensor:
+        """[L, L], True where a token is seen; made once for all layers."""
+        width = window or self.max_seqlen
+        if width not in self._bands:
+            ones = torch.ones(self.max_seqlen, self.max_seqlen, dtype=torch.bool, device=device)
+            self._bands[width] = ones.tril().triu(1 - width)
+        return self._bands[width]
+
+
+def attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
+) -> Tensor:
+    """As `Layout.attend`; `mask` is True where a token is seen, None without softcap is causal."""
+    shared = query.shape[1] // key.shape[1]  # query heads of a key head
+    num_queries = query.shape[2]
+    if shared > 1 and num_queries == 1:
+        # One token's heads are queries of one key head: nothing need be repeated.
+        query = query.reshape(query.shape[0], key.shape[1], shared, query.shape[3])
+    elif shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    if scores.softcap is None or mask is None:
+        assert scores.softcap is None, "a softcap needs a mask"
+        output = scaled_dot_product_attention(
+            query, key, value, mask, scores.dropout, is_causal=mask is None, scale=scores.scale
+        )
+    else:
+        products = query @ key.transpose(2, 3) * (scores.scale / scores.softcap)
+        capped = (scores.softcap * products.tanh()).masked_fill(~mask, -torch.inf)
+        weights = capped.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        output = dropout(weights, scores.dropout, scores.dropout > 0) @ value
+    return output.reshape(output.shape[0], -1, num_queries, output.shape[3]).transpose(1, 2)
+
+
+def varlen_kernel(query: Tensor, scores: Scores) -> Callable[..., Tensor] | None:
+    """A kernel for packed sequences, or None where none runs."""
+    if not query.is_cuda or query.dtype.itemsize != 2 or query.shape[-1] > 256:
+        return None
+    if find_spec("flash_attn"):
+        return _flash_attn
+    plain = scores.softcap is None and scores.dropout == 0.0
+    return _torch_varlen if plain and find_spec("torch.nn.attention.varlen") else None
+
+
+def _flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scores: Scores
+) -> Tensor:
+    """Rows [T, H, D] -> [T, H, D]"""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p=scores.dropout,
+        softmax_scale=scores.scale,
+        causal=True,
+        window_size=_window(scores),
+        softcap=scores.softcap or 0.0,
+    )
+
+
+def _torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scores: Scores
+) -> Tensor:
+    """Rows [T, H, D] -> [T, H, D]"""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {}
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1 and "enable_gqa" in signature(varlen_attn).parameters:  # since torch 2.13
+        grouped["enable_gqa"] = True
+    elif shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    return varlen_attn(  # type: ignore[return-value]  # a pair only where asked for
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scores.scale,
+        window_size=_window(scores),
+        **grouped,
+    )
+
+
+def _window(scores: Scores) -> tuple[int, int]:
+    """How many tokens before and after a token are seen; -1: all."""
+    return (-1 if scores.window is None else scores.window - 1, 0)

@@ -1,0 +1,204 @@
+"""One token at a time over a static cache: the same few operations each step, on fixed buffers.
+
+So the step can be captured in a CUDA graph and replayed; on a CPU it runs as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
+
+from esr_train.attention import (
+    SAME_STATES,
+    Scores,
+    attend_masked,
+    no_mask,
+    relative_difference,
+    takes_layouts,
+)
+from esr_train.errors import first_line
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """W + scaling * B @ A of a LoRA layer's adapters at work, in float32.
+
+    Out of place: merging into a 16-bit weight and out of it, step after step, would wear it away.
+    """
+    merged = layer.get_base_layer().weight.float()
+    for adapter in [] if layer.disable_adapters else layer.active_adapters:
+        if adapter in layer.scaling:
+            merged = merged + layer.get_delta_weight(adapter).float()
+    return merged
+
+
+class DecodeWeights:
+    """A twin of `model` to decode with: adapters merged, weights in `dtype`, refreshed on demand.
+
+    Tensors that need neither are the model's own: without LoRA and in the model's dtype the twin
+    costs nothing. Merging rounds once, to `dtype`: exact in float32, in bfloat16 as exact as any
+    other rounding of a step. With merge=False the adapters stay at work.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, merge: bool = True) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+        self._merged: list[tuple[Any, Tensor]] = []  # an adapted layer, its weight in the twin
+        self._cast: list[tuple[Tensor, Tensor]] = []  # a weight, the twin's of another dtype
+        if merge:
+            self._merge_adapters(model, dtype)
+        self._cast_weights(dtype)
+        self.refresh()
+
+    def _merge_adapters(self, model: Any, dtype: torch.dtype) -> None:
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                plain = self.model.get_submodule(name).get_base_layer()
+                weight = torch.empty_like(plain.weight, dtype=dtype, requires_grad=False)
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+                self.model.set_submodule(name, plain)
+                self._merged.append((layer, plain.weight))
+
+    def _cast_weights(self, dtype: torch.dtype) -> None:
+        twins: dict[int, torch.nn.Parameter] = {}  # tied weights stay tied
+        for module in self.model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.dtype == dtype or not weight.is_floating_point():
+                    continue
+                if id(weight) not in twins:
+                    twin = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+                    twins[id(weight)] = torch.nn.Parameter(twin, requires_grad=False)
+                    self._cast.append((weight, twins[id(weight)]))
+                setattr(module, name, twins[id(weight)])
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the model's present weights, in place: a captured graph sees them."""
+        for layer, weight in self._merged:
+            weight.copy_(merged_weight(layer))
+        for source, weight in self._cast:
+            weight.copy_(source)
+
+
+@torch.no_grad()
+def decoding_error(model: Any) -> str | None:
+    """Why `model` cannot be decoded by `StaticDecoder`: None if its states are those of a pass.
+
+    Tried, not looked up: an architecture may keep more from token to token than keys and values.
+    """
+    if not takes_layouts(model):
+        return f"its attention, {model.config._attn_implementation}, keeps its own masks"
+    last_id = model.config.get_text_config().vocab_size - 1
+    ids = torch.linspace(0, last_id, 14, device=model.device).long().view(2, 7)
+    mask = torch.ones(2, 5, dtype=torch.bool, device=model.device)
+    mask[0, :2] = False
+    decoder = StaticDecoder(model, 2, 8, model.device)
+    try:
+        states = [decoder.prefill(ids[:, :5], mask)] + [decoder.step(ids[:, i]) for i in (5, 6)]
+        expected = [
+            model.get_decoder()(input_ids=row[None, -n:], use_cache=False).last_hidden_state[0, -3:]
+            for row, n in zip(ids, (5, 7), strict=True)
+        ]
+    except Exception as error:  # whatever an architecture says to a keyword that it does not know
+        return first_line(error)
+    difference = relative_difference(torch.stack(states, dim=1), torch.stack(expected))
+    return None if difference < SAME_STATES else f"its states differ by {difference:.2g}"
+
+
+class SlotLayer(StaticLayer):
+    """A layer of the cache that writes into the decoder's slots.
+
+    Transformers' own counts tokens in every layer: dozens of tiny kernels a token.
+    """
+
+    def __init__(self, decoder: StaticDecoder) -> None:
+        super().__init__(max_cache_len=decoder.num_slots)
+        self.decoder = decoder
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
+        keys.index_copy_(2, self.decoder.slots, key_states)
+        values.index_copy_(2, self.decoder.slots, value_states)
+        return keys, values
+
+
+class StaticDecoder:
+    """Hidden states of prompts [B, P] and then of a token a row, again and again.
+
+    Prompts are padded on the left, so that a step writes one slot for all rows. All that a step
+    reads and writes stays where it is. `num_slots` >= P + the steps.
+    """
+
+    def __init__(self, model: Any, batch_size: int, num_slots: int, device: torch.device) -> None:
+        self.decoder = model.get_decoder()
+        self.num_slots = num_slots
+        num_layers = model.config.get_text_config().num_hidden_layers
+        self.cache = Cache(layers=[SlotLayer(self) for _ in range(num_layers)])
+        self.visible = torch.ones(batch_size, num_slots, dtype=torch.bool, device=device)
+        self.positions = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self.every_slot = torch.arange(num_slots, device=device)
+        self.no_mask = no_mask(device)
+        self.slots = self.slot  # those that a pass writes
+        self.num_used = 0  # slots, as the host counts them
+        self._masks: dict[int | None, Tensor] = {}
+
+    def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """The last hidden state [B, D] of left-padded prompts [B, P]."""
+        width = prompt_ids.shape[1]
+        self.visible[:, :width] = prompt_mask
+        self.positions.copy_(prompt_mask.sum(dim=1, keepdim=True))
+        self.slot.fill_(width)
+        self.num_used = width
+        position_ids = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return self._forward(prompt_ids, position_ids, self.every_slot[:width])
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """The hidden state [B, D] of one more token [B] a row."""
+        self.num_used += 1
+        hidden = self._forward(token_ids.unsqueeze(1), self.positions, self.slot)
+        self.slot += 1
+        self.positions += 1
+        return hidden
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, slots: Tensor) -> Tensor:
+        self.slots = slots
+        self._masks.clear()
+        output = self.decoder(
+            input_ids=input_ids,
+            attention_mask=self.no_mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            cache_position=slots,
+            layout=self,
+        )
+        return output.last_hidden_state[:, -1]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """`Layout`: over the slots in use, or over all of them in a graph, which cannot grow."""
+        capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        end = self.num_slots if capturing else self.num_used
+        if scores.window not in self._masks:
+            self._masks[scores.window] = self._mask(end, scores.window)
+        return attend_masked(
+            query, key[:, :, :end], value[:, :, :end], self._masks[scores.window], scores
+        )
+
+    def _mask(self, end: int, window: int | None) -> Tensor:
+        """[B, 1, queries, end]"""
+        slots, queries = self.every_slot[:end], self.slots.unsqueeze(1)
+        seen = slots <= queries
+        if window is not None:
+            seen &= slots > queries - window
+        # Padding sees itself: a softmax over nothing would be NaN, and spread.
+        seen = (seen & self.visible[:, None, :end]) | (slots == queries)
+        return seen.unsqueeze(1)

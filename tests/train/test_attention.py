@@ -1,0 +1,257 @@
+"""Packed batches: every row and every gradient as if each sequence were alone."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, make_model
+
+from esr_kernels import gather_rows, rollout_batch
+from esr_train import attention
+from esr_train.attention import PackedLayout, Scores, accept_layouts, attend_masked, takes_layouts
+from esr_train.models import Pair, enable_packing, transformer
+
+PROMPTS = torch.tensor([[0, 0, 7, 8, 9], [11, 12, 13, 14, 15], [0, 0, 0, 0, 21]])
+MASK = PROMPTS > 0
+RESPONSES = torch.tensor([[31, 32, 2, 0, 0, 0], [41, 42, 43, 44, 45, 46], [2, 0, 0, 0, 0, 0]])
+
+
+def make_batch(prompts=PROMPTS):
+    return rollout_batch(prompts, MASK, RESPONSES, eos_token_ids=(2,))
+
+
+def pair_of(model):
+    vocabulary = SimpleNamespace(pad_token_id=0)
+    return Pair(model, model, vocabulary, model.dtype, torch.device("cpu"))
+
+
+def alone(model, batch):
+    """The response rows [n, D], a sequence at a time."""
+    states = [
+        model.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        for ids in batch.input_ids.split(batch.cu_seqlens.diff().tolist())
+    ]
+    return torch.cat(states)[batch.loss_rows]
+
+
+def gradients(model, states):
+    torch.manual_seed(3)
+    (states * torch.randn_like(states)).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(found, expected):
+    assert set(found) == set(expected)
+    assert len(found) > 10
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < 1e-4, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_padded_and_alone_are_the_same(name):
+    model, batch = make_model(name), make_batch()
+    expected = alone(model, batch)
+    expected_gradients = gradients(model, expected)
+    padded = pair_of(model).response_states(model, batch)
+    assert not takes_layouts(model)
+    torch.testing.assert_close(padded, expected, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(gradients(model, padded), expected_gradients)
+
+    assert enable_packing(model) is None
+    assert takes_layouts(model)
+    packed = pair_of(model).response_states(model, batch)
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(gradients(model, packed), expected_gradients)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_checkpointing_recomputes_the_same(name):
+    """The layers run again in backward, when no layout is being handed to the model."""
+    model, batch = make_model(name), make_batch()
+    assert enable_packing(model) is None
+    expected = gradients(model.train(), pair_of(model).response_states(model, batch))
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    found = gradients(model, pair_of(model).response_states(model, batch))
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_no_sequence_sees_another(name):
+    model = make_model(name)
+    assert enable_packing(model) is None
+    other = PROMPTS.clone()
+    other[0, 2:] = torch.tensor([99, 98, 97])
+    before, after = (
+        pair_of(model).response_states(model, make_batch(prompts)) for prompts in (PROMPTS, other)
+    )
+    lengths = make_batch().response_lengths.tolist()
+    assert torch.equal(before[lengths[0] :], after[lengths[0] :])
+    assert not torch.equal(before[: lengths[0]], after[: lengths[0]])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+@torch.no_grad()
+def test_without_a_layout_the_model_is_what_it_was(name):
+    model = make_model(name)
+    words = {"attention_mask": MASK.long(), "max_new_tokens": 8, "do_sample": False}
+    before = model(PROMPTS, attention_mask=MASK.long()).logits, model.generate(PROMPTS, **words)
+    assert accept_layouts(model)
+    after = model(PROMPTS, attention_mask=MASK.long()).logits, model.generate(PROMPTS, **words)
+    assert all(map(torch.equal, before, after))
+
+
+def test_a_model_with_attention_of_its_own_stays_as_it_is():
+    model = make_model("qwen2")
+    model.config._attn_implementation = "flex_attention"
+    assert "flex_attention" in enable_packing(model)
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_a_model_that_mixes_tokens_otherwise_is_found_out():
+    """A shift by one token inside a layer, as convolutions do: sequences leak into each other."""
+    model = make_model("qwen2")
+    layer = model.model.layers[0]
+
+    def leak(_module, _inputs, output):
+        return output + output.roll(1, dims=1)
+
+    layer.mlp.register_forward_hook(leak)
+    assert "differ" in enable_packing(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_error_of_the_architecture_is_the_reason():
+    model = make_model("qwen2")
+
+    def refuse(_module, _args, kwargs):
+        if "layout" in kwargs:
+            raise TypeError("unexpected keyword argument 'layout'")
+
+    model.model.layers[1].register_forward_pre_hook(refuse, with_kwargs=True)
+    assert enable_packing(model) == "unexpected keyword argument 'layout'"
+    assert not takes_layouts(model)
+
+
+def naive(query, key, value, cu_seqlens, window, scale, softcap=None):
+    """[T, H, D], a loop over sequences and heads."""
+    output = torch.zeros_like(query)
+    shared = query.shape[1] // key.shape[1]
+    for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        for head in range(query.shape[1]):
+            for row in range(first, last):
+                start = first if window < 0 else max(first, row - window)
+                scores = scale * key[start : row + 1, head // shared] @ query[row, head]
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                output[row, head] = scores.softmax(0) @ value[start : row + 1, head // shared]
+    return output
+
+
+@pytest.fixture
+def states():
+    def random(heads):
+        return torch.randn(1, heads, 20, 8, dtype=torch.float64)
+
+    return random(4), random(2), random(2)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("kernel", ["side by side", "flash_attn", "torch"])
+def test_attention_of_packed_sequences(kernel, window, softcap, states, monkeypatch):
+    """Ours against a loop; and the two libraries are called as they define their arguments."""
+    batch = make_batch()
+    assert len(batch.input_ids) == 19
+    states = [x[:, :, :19] for x in states]
+    scores = Scores(0.3, window=window, softcap=softcap)
+
+    def flash(q, k, v, cu_q, cu_k, max_q, max_k, *, dropout_p, softmax_scale, causal, window_size,
+              softcap):  # fmt: skip
+        assert causal
+        assert cu_q is cu_k
+        assert max_q == max_k == 11
+        assert dropout_p == window_size[1] == 0
+        return naive(q, k, v, cu_q, window_size[0], softmax_scale, softcap)
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert enable_gqa
+        assert max_q == max_k == 11
+        return naive(q, k, v, cu_q, window_size[0], scale)
+
+    if kernel == "flash_attn":
+        module = SimpleNamespace(flash_attn_varlen_func=flash)
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        monkeypatch.setattr(attention, "varlen_kernel", lambda *_: attention._flash_attn)
+    if kernel == "torch":
+        if softcap:
+            return
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+        monkeypatch.setattr(attention, "varlen_kernel", lambda *_: attention._torch_varlen)
+    found = PackedLayout(batch).attend(*states, scores)
+    rows = [x[0].transpose(0, 1) for x in states]
+    expected = naive(*rows, batch.cu_seqlens, window - 1 if window else -1, 0.3, softcap)
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_older_torch_has_no_grouped_heads(states, monkeypatch):
+    batch = make_batch()
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        assert q.shape == k.shape == v.shape
+        return naive(q, k, v, cu_q, window_size[0], scale)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    rows = [x[0, :, :19].transpose(0, 1) for x in states]
+    found = attention._torch_varlen(*rows, batch.cu_seqlens, batch.max_seqlen, Scores(0.3))
+    torch.testing.assert_close(found, naive(*rows, batch.cu_seqlens, -1, 0.3))
+
+
+def test_kernels_are_for_16_bits_on_a_gpu():
+    assert attention.varlen_kernel(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), Scores(1)) is None
+
+
+def test_dropout_reaches_the_scores(states):
+    query, key, value = (x[:, :, :19] for x in states)
+    mask = torch.ones(19, 19, dtype=torch.bool).tril()
+    for softcap in (None, 1.5):
+        scores = Scores(0.3, dropout=0.5, softcap=softcap)
+        first, again = (attend_masked(query, key, value, mask, scores) for _ in range(2))
+        assert not torch.equal(first, again)
+
+
+def test_rows_of_loss_alone_leave_the_transformer(monkeypatch):
+    model, batch = make_model("qwen2"), make_batch()
+    enable_packing(model)
+    states = pair_of(transformer(model)).response_states(model, batch)
+    assert states.shape == (len(batch.targets), 32)
+    whole = model.get_decoder()(input_ids=batch.input_ids[None, :6]).last_hidden_state
+    torch.testing.assert_close(gather_rows(whole, torch.arange(2, 5)), states[:3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_of_this_machine(window, dtype):
+    """Whichever it is, forward and gradients against the sequences side by side in float32."""
+    torch.manual_seed(0)
+    batch = rollout_batch(
+        PROMPTS.cuda(), MASK.cuda(), RESPONSES.cuda(), eos_token_ids=(2,)
+    )  # fmt: skip
+    layout, scores = PackedLayout(batch), Scores(0.3, window=window)
+    heads = (4, 2, 2)
+    states = [torch.randn(1, h, 19, 64, device="cuda", dtype=dtype) for h in heads]
+    assert attention.varlen_kernel(states[0], scores) is not None
+    upstream = torch.randn(1, 19, 4, 64, device="cuda")
+    results = []
+    for kind in (dtype, torch.float32):
+        leaves = [x.to(kind).requires_grad_() for x in states]
+        output = layout.attend(*leaves, scores)
+        results.append([output, *torch.autograd.grad(output, leaves, upstream.to(kind))])
+    for found, expected in zip(*results, strict=True):
+        assert (found.float() - expected).norm() / expected.norm() < 0.02

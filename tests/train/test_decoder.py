@@ -1,0 +1,179 @@
+"""The decoder: states as a fresh pass has them, and a twin that follows the model's weights."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, make_model
+from peft import LoraConfig, get_peft_model
+from tiny_models import make_student
+
+from esr_train.attention import accept_layouts
+from esr_train.decoder import DecodeWeights, StaticDecoder, decoding_error, merged_weight
+
+PROMPTS = torch.tensor([[0, 0, 0, 7, 8, 9], [11, 12, 13, 14, 15, 16], [0, 0, 0, 0, 0, 21]])
+MASK = PROMPTS > 0
+LATER = torch.randint(1, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def fresh_states(model):
+    """[3, 10, D]: after the prompt, and after each later token; a row at a time."""
+    rows = [
+        torch.cat([row[seen], later]) for row, seen, later in zip(PROMPTS, MASK, LATER, strict=True)
+    ]
+    states = [
+        model.get_decoder()(input_ids=row[None], use_cache=False).last_hidden_state[0, -10:]
+        for row in rows
+    ]
+    return torch.stack(states)
+
+
+def decoded_states(decoder):
+    states = [decoder.prefill(PROMPTS, MASK)]
+    states += [decoder.step(tokens) for tokens in LATER.unbind(1)]
+    return torch.stack(states, dim=1)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_states_are_those_of_a_fresh_pass(name):
+    model = make_model(name)
+    expected = fresh_states(model)
+    assert accept_layouts(model)
+    decoder = StaticDecoder(model, 3, 20, torch.device("cpu"))
+    torch.testing.assert_close(decoded_states(decoder), expected, rtol=1e-4, atol=1e-4)
+    # Again on the same buffers, which hold the last rollout.
+    torch.testing.assert_close(decoded_states(decoder), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+@torch.no_grad()
+def test_in_a_graph_all_slots_are_seen(name, monkeypatch):
+    """The step as a graph records it: nothing depends on how many slots the host has counted."""
+    model = make_model(name)
+    expected = fresh_states(model)
+    accept_layouts(model)
+    decoder = StaticDecoder(model, 3, 20, torch.device("cpu"))
+    states = [decoder.prefill(PROMPTS, MASK)]
+    for tokens in LATER.unbind(1):
+        decoder.num_used = decoder.num_slots - 1
+        states.append(decoder.step(tokens))
+    torch.testing.assert_close(torch.stack(states, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_can_be_decoded(name):
+    model = make_model(name)
+    assert "keeps its own masks" in decoding_error(model)
+    accept_layouts(model)
+    assert decoding_error(model) is None
+
+
+def test_a_model_with_memory_of_its_own_is_found_out():
+    model = make_model("qwen2")
+    accept_layouts(model)
+    total = torch.zeros(1)
+
+    def remember(_module, _inputs, output):
+        total.add_(output.abs().mean())
+        return output * (1 + total)
+
+    model.model.layers[0].mlp.register_forward_hook(remember)
+    assert "differ" in decoding_error(model)
+
+
+def lora_student(targets="all-linear"):
+    torch.manual_seed(1)
+    model = get_peft_model(
+        make_student(), LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.5)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    accept_layouts(model.get_base_model())
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=PROMPTS[1:2], use_cache=False).logits
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_the_twin_computes_what_the_student_does(merge):
+    model = lora_student().train()
+    core = model.get_base_model()
+    weights = DecodeWeights(core, torch.float32, merge)
+    for _ in range(2):
+        expected = logits(core.eval())
+        core.train()
+        torch.testing.assert_close(logits(weights.model), expected)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.mul_(-1.5)
+        if merge:
+            assert not torch.allclose(logits(core.eval()), logits(weights.model))
+        weights.refresh()
+    names = [n for n, _ in weights.model.named_modules() if "lora" in n]
+    assert bool(names) is not merge
+
+
+def test_the_twin_of_a_plain_model_costs_nothing():
+    model = make_student()
+    weights = DecodeWeights(model, torch.float32)
+    assert weights.model is not model
+    own = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in weights.model.parameters()} == own
+    assert all(p.requires_grad for p in model.parameters())
+    assert weights.model.training is False
+
+
+def test_making_a_twin_leaves_the_student_alone():
+    model = lora_student().train()
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    DecodeWeights(model.get_base_model(), torch.bfloat16).refresh()
+    assert [module.training for module in model.modules()] == modes
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad is before[name][1]
+        assert parameter.dtype == torch.float32
+
+
+def test_in_another_dtype_weights_are_rounded_once_and_stay_tied():
+    model = lora_student()
+    core = model.get_base_model()
+    weights = DecodeWeights(core, torch.bfloat16)
+    twin = weights.model
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+    assert twin.lm_head.weight is twin.get_input_embeddings().weight
+    layer = core.get_submodule("model.layers.1.mlp.up_proj")
+    expected = (
+        layer.base_layer.weight.double()
+        + 2.0 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    )
+    found = twin.get_submodule("model.layers.1.mlp.up_proj").weight
+    torch.testing.assert_close(merged_weight(layer).double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found, merged_weight(layer).bfloat16())
+    core.model.norm.weight.data.fill_(3.0)
+    weights.refresh()
+    assert (twin.model.norm.weight == 3.0).all()
+    assert twin.get_submodule("model.layers.1.mlp.up_proj").weight is found
+
+
+def test_only_adapted_layers_are_copied():
+    model = lora_student(targets=["q_proj", "v_proj"])
+    twin = DecodeWeights(model.get_base_model(), torch.float32).model
+    own = {p.data_ptr() for p in model.parameters()}
+    copied = {n for n, p in twin.named_parameters() if p.data_ptr() not in own}
+    assert copied == {
+        f"model.layers.{i}.self_attn.{n}.weight" for i in (0, 1) for n in ("q_proj", "v_proj")
+    }
+
+
+def test_disabled_adapters_are_not_merged():
+    model = lora_student()
+    core = model.get_base_model()
+    weights = DecodeWeights(core, torch.float32)
+    with model.disable_adapter():
+        expected = logits(core.eval())
+        weights.refresh()
+    torch.testing.assert_close(logits(weights.model), expected)

@@ -48,6 +48,9 @@ class TrainConfig:
         nargs="?",
         const=True,
     )
+    long_prompts: Literal["drop", "truncate"] = option(
+        "drop", "Prompts that leave no room for the response: drop them, or cut them on the left."
+    )
     demo: str | None = option(None, "Embedded demo: 'default'. Chosen when no model is named.")
 
     rollout_tokens: int = option(
@@ -121,6 +124,7 @@ class TrainConfig:
     )
     save_steps: int = option(50, "Steps between checkpoints; the last step is always saved.")
     logging_steps: int = option(1, "Steps between progress updates.")
+    profile: bool = option(False, "Write a torch.profiler trace of three steps to the run folder.")
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -252,7 +256,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, Path | None]:
 
 # What a resumed run may change: nothing that alters the numbers of the steps. The other schedules
 # of the learning rate end at max_steps, so a longer run would have had other rates from the start.
-RESUMABLE = ("max_steps", "save_steps", "logging_steps")
+RESUMABLE = ("max_steps", "save_steps", "logging_steps", "profile")
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
 

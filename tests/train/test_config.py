@@ -87,6 +87,18 @@ def test_no_arguments_is_the_demo():
         (["--use_peft=maybe"], "Truthy value expected"),
         (["--lerning_rate=1"], "unknown option --lerning_rate; did you mean learning_rate?"),
         (["--demo=nothing"], "demo must be one of: default"),
+        (["--use_vllm", "--rollout_engine=hf"], "use_vllm and rollout_engine hf are two engines"),
+        (["--use_vllm", "--vllm_mode=server"], "vllm_mode server needs vllm_server_base_url"),
+        (
+            ["--use_vllm", "--vllm_mode=server", "--vllm_server_base_url=a", "--use_peft=false"],
+            "vllm_mode server takes LoRA adapters only",
+        ),
+        (
+            ["--vllm_gpu_memory_utilization=1.5"],
+            "vllm_gpu_memory_utilization must be in .0, 1., got 1.5",
+        ),
+        (["--vllm_server_timeout=0"], "vllm_server_timeout must be above 0"),
+        (["--rollout_engine=fast"], "rollout_engine"),
         (["--config=/nonexistent.yaml"], "config file /nonexistent.yaml"),
         (["--resume=/nonexistent"], "--resume /nonexistent: no config.yaml"),
     ],

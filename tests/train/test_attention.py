@@ -216,6 +216,15 @@ def test_kernels_are_for_16_bits_on_a_gpu():
     assert attention.varlen_kernel(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), Scores(1)) is None
 
 
+def test_dropout_of_a_layer_is_applied():
+    model, batch = make_model("qwen2").train(), make_batch()
+    enable_packing(model)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    first, again = (pair_of(model).response_states(model, batch) for _ in range(2))
+    assert not torch.equal(first, again)
+
+
 def test_dropout_reaches_the_scores(states):
     query, key, value = (x[:, :, :19] for x in states)
     mask = torch.ones(19, 19, dtype=torch.bool).tril()

@@ -132,6 +132,8 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             _require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
         _require(self.learning_rate <= 1, "learning_rate", "at most 1", self.learning_rate)
+        warm = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
+        _require(warm, "temperature", "0 or in [1e-6, 1e6]", self.temperature)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         share = self.vllm_gpu_memory_utilization

@@ -200,13 +200,8 @@ def generate(
     """Sample one response a prompt, stopped at EOS or after `max_new_tokens`."""
     prompt_ids, prompt_mask = pad_left(prompts, pair.vocabulary.pad_token_id, pair.device)
     responses = engine.generate(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens)
-    return rollout_batch(
-        prompt_ids,
-        prompt_mask,
-        responses,
-        eos_token_ids=pair.vocabulary.eos_token_ids,
-        rollout_tokens=max_new_tokens,
-    )
+    eos_token_ids = pair.vocabulary.eos_token_ids
+    return rollout_batch(prompt_ids, prompt_mask, responses, eos_token_ids=eos_token_ids)
 
 
 def make_engine(config: TrainConfig, pair: Pair, run: Path) -> Engine:

@@ -98,6 +98,7 @@ def test_no_arguments_is_the_demo():
             "vllm_gpu_memory_utilization must be in .0, 1., got 1.5",
         ),
         (["--vllm_server_timeout=0"], "vllm_server_timeout must be above 0"),
+        (["--temperature=1e-7"], "temperature must be 0 or in"),
         (["--rollout_engine=fast"], "rollout_engine"),
         (["--config=/nonexistent.yaml"], "config file /nonexistent.yaml"),
         (["--resume=/nonexistent"], "--resume /nonexistent: no config.yaml"),

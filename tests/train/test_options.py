@@ -291,11 +291,12 @@ def test_evaluation_is_the_kl_of_whole_responses(config):
     vocabulary = load_vocabulary(given)
     prompts = load_prompts(given, vocabulary, 100)
     pair = load_pair(given, vocabulary, CPU)
-    for name, parameter in pair.student.named_parameters():
-        if "lora_B" in name:  # dropout in the evaluation would show
-            parameter.normal_(std=0.5)
     engine = make_engine(given, pair, Path("unused"))
+    for name, parameter in pair.student.named_parameters():
+        if "lora_B" in name:  # dropout in the evaluation would show, and old weights
+            parameter.normal_(std=0.5)
     found = evaluate(pair, engine, prompts, given)
+    assert not engine.sessions  # an evaluation's cache is nothing to train beside
     assert pair.student.training
     pair.student.eval()
     sums, counts = float64_profile(pair, engine, prompts, given)
@@ -338,6 +339,9 @@ def test_every_response_is_graded_once_as_text_up_to_its_eos(config):
 
         def update_weights(self):
             self.count = 0
+
+        def release(self):
+            pass
 
         def generate(self, prompt_ids, prompt_mask, *, max_new_tokens):
             a, b = (vocabulary.tokenizer(letter)["input_ids"][0] for letter in "ab")

@@ -9,10 +9,10 @@ come along, need no knowledge of the architecture.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib.util import find_spec
+from functools import cache, partial
 from inspect import signature
 from typing import Any, Protocol
 
@@ -22,13 +22,14 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from esr_kernels import RolloutBatch, gather_rows
+from esr_kernels import RolloutBatch
 
 # Their masks are tensors, which a layout replaces. Flash attention and others keep their own ways.
 REPLACEABLE = ("sdpa", "eager")
 _PREFIX = "esr_"
-# Relative difference of hidden states that are the same but for rounding, bfloat16's included.
-SAME_STATES = 0.05
+# Tensors that an attention function may be handed and ours has no need of. Any other (sinks, a bias
+# by position) would be left out without a word.
+_NEEDLESS = ("position_ids", "cache_position")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Layout(Protocol):
 
 
 def accept_layouts(model: Any) -> bool:
-    """Let `model`'s forward take `layout=`; False if its attention cannot."""
+    """Let `model`'s forward take `layout=`; False if its attention cannot be replaced."""
     base = model.config._attn_implementation
     if takes_layouts(model):
         return True
@@ -85,10 +86,11 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if layout is None:
-        # Each modeling file has an eager function of its own.
-        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        attend = own if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
-        return attend(module, query, key, value, attention_mask, **options)  # type: ignore[misc]
+        attend = _eager_of(type(module)) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+        return attend(module, query, key, value, attention_mask, **options)
+    for name, option in options.items():
+        if isinstance(option, Tensor) and name not in _NEEDLESS:
+            raise TypeError(f"{type(module).__name__} weighs its scores by {name}")
     scale = options.get("scaling")
     scores = Scores(
         query.shape[-1] ** -0.5 if scale is None else scale,
@@ -102,9 +104,38 @@ def _attention(
     return layout.attend(query, key, value, scores), None
 
 
+def same_states(dtype: torch.dtype) -> float:
+    """The relative difference of hidden states that are the same but for rounding."""
+    return 0.05 if dtype.itemsize == 2 else 1e-4
+
+
 def relative_difference(states: Tensor, expected: Tensor) -> float:
     """In L2 norm."""
     return ((states - expected).float().norm() / expected.float().norm().clamp(min=1e-6)).item()
+
+
+def _eager_of(kind: type) -> Callable[..., Any]:
+    """Each modeling file has an eager function of its own."""
+    for parent in kind.__mro__:
+        own = getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
+        if own is not None:
+            return own
+    raise TypeError(f"{kind.__name__} has no eager_attention_forward beside it")
+
+
+def lost_window(model: Any, windows: set[int | None]) -> str | None:
+    """A reason if `model` limits what a token sees by more than the `windows` its layers asked for.
+
+    Some architectures draw the window into the mask alone, which a layout replaces.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", None) is False or "sliding_attention" not in kinds:
+        window = None
+    if window is None and "chunked_attention" in kinds:
+        window = getattr(config, "attention_chunk_size", None)
+    return f"its window of {window} is in its masks alone" if window and windows == {None} else None
 
 
 class PackedLayout:
@@ -126,9 +157,11 @@ class PackedLayout:
         )
         # Of every packed row in [num_sequences * max_seqlen]: sequences are padded on the right.
         self.padded_rows = sequence * self.max_seqlen + batch.position_ids
-        self._bands: dict[int, Tensor] = {}
+        self.windows: set[int | None] = set()  # that layers asked for
+        self._bands: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        self.windows.add(scores.window)
         if scores.window is not None and scores.window >= self.max_seqlen:
             scores = replace(scores, window=None)
         kernel = varlen_kernel(query, scores)
@@ -137,11 +170,11 @@ class PackedLayout:
             return kernel(*states, self.cu_seqlens, self.max_seqlen, scores).unsqueeze(0)
         # No row that counts sees what follows it, so the padding needs no mask.
         plain = scores.window is None and scores.softcap is None
-        mask = None if plain else self._band(scores.window, query.device)
+        mask = None if plain else self._band(scores.window, query)
         query, key, value = map(self._side_by_side, (query, key, value))
         padded = attend_masked(query, key, value, mask, scores)
-        rows = gather_rows(padded.flatten(0, 1).flatten(1), self.padded_rows)
-        return rows.view(1, -1, *padded.shape[2:])
+        rows = padded.flatten(0, 1).index_select(0, self.padded_rows)
+        return rows.unsqueeze(0)
 
     def _side_by_side(self, states: Tensor) -> Tensor:
         """[1, H, T, D] -> [B, H, L, D]"""
@@ -150,19 +183,19 @@ class PackedLayout:
         padded = padded.index_copy(0, self.padded_rows, rows)
         return padded.view(self.num_sequences, self.max_seqlen, *rows.shape[1:]).transpose(1, 2)
 
-    def _band(self, window: int | None, device: torch.device) -> Tensor:
-        """[L, L], True where a token is seen; made once for all layers."""
+    def _band(self, window: int | None, query: Tensor) -> Tensor:
+        """[L, L], 0 where a token is seen, else -inf; made once for all layers."""
         width = window or self.max_seqlen
-        if width not in self._bands:
-            ones = torch.ones(self.max_seqlen, self.max_seqlen, dtype=torch.bool, device=device)
-            self._bands[width] = ones.tril().triu(1 - width)
-        return self._bands[width]
+        if (width, query.dtype) not in self._bands:
+            unseen = query.new_full((self.max_seqlen, self.max_seqlen), -torch.inf)
+            self._bands[width, query.dtype] = unseen.triu(1) + unseen.tril(-width)
+        return self._bands[width, query.dtype]
 
 
 def attend_masked(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
 ) -> Tensor:
-    """As `Layout.attend`; `mask` is True where a token is seen, None without softcap is causal."""
+    """As `Layout.attend`; `mask` is added to the scores. None, without a softcap, is causal."""
     shared = query.shape[1] // key.shape[1]  # query heads of a key head
     num_queries = query.shape[2]
     if shared > 1 and num_queries == 1:
@@ -177,7 +210,7 @@ def attend_masked(
         )
     else:
         products = query @ key.transpose(2, 3) * (scores.scale / scores.softcap)
-        capped = (scores.softcap * products.tanh()).masked_fill(~mask, -torch.inf)
+        capped = scores.softcap * products.tanh() + mask
         weights = capped.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
         output = dropout(weights, scores.dropout, scores.dropout > 0) @ value
     return output.reshape(output.shape[0], -1, num_queries, output.shape[3]).transpose(1, 2)
@@ -185,12 +218,35 @@ def attend_masked(
 
 def varlen_kernel(query: Tensor, scores: Scores) -> Callable[..., Tensor] | None:
     """A kernel for packed sequences, or None where none runs."""
-    if not query.is_cuda or query.dtype.itemsize != 2 or query.shape[-1] > 256:
+    head_dim = query.shape[-1]
+    if not query.is_cuda or query.dtype.itemsize != 2 or head_dim > 256 or head_dim % 8:
         return None
-    if find_spec("flash_attn"):
+    if _has_flash_attn():
         return _flash_attn
     plain = scores.softcap is None and scores.dropout == 0.0
-    return _torch_varlen if plain and find_spec("torch.nn.attention.varlen") else None
+    return _torch_varlen if plain and "window_size" in _varlen_words() else None
+
+
+@cache
+def _has_flash_attn() -> bool:
+    try:
+        import flash_attn  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:  # built for another torch
+        warnings.warn(f"flash_attn cannot be imported ({error}); going on without", stacklevel=2)
+        return False
+    return True
+
+
+@cache
+def _varlen_words() -> frozenset[str]:
+    """What PyTorch's variable-length attention takes; nothing where torch is too old."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(signature(varlen_attn).parameters)
 
 
 def _flash_attn(
@@ -223,7 +279,7 @@ def _torch_varlen(
 
     grouped: dict[str, Any] = {}
     shared = query.shape[1] // key.shape[1]
-    if shared > 1 and "enable_gqa" in signature(varlen_attn).parameters:  # since torch 2.13
+    if shared > 1 and "enable_gqa" in _varlen_words():  # not in every version
         grouped["enable_gqa"] = True
     elif shared > 1:
         key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))

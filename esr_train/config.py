@@ -48,6 +48,9 @@ class TrainConfig:
         nargs="?",
         const=True,
     )
+    long_prompts: Literal["drop", "truncate"] = option(
+        "drop", "Prompts that leave no room for the response: drop them, or cut them on the left."
+    )
     demo: str | None = option(None, "Embedded demo: 'default'. Chosen when no model is named.")
 
     rollout_tokens: int = option(
@@ -121,6 +124,7 @@ class TrainConfig:
     )
     save_steps: int = option(50, "Steps between checkpoints; the last step is always saved.")
     logging_steps: int = option(1, "Steps between progress updates.")
+    profile: bool = option(False, "Write a torch.profiler trace of three steps to the run folder.")
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -128,6 +132,8 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             _require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
         _require(self.learning_rate <= 1, "learning_rate", "at most 1", self.learning_rate)
+        warm = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
+        _require(warm, "temperature", "0 or in [1e-6, 1e6]", self.temperature)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         share = self.vllm_gpu_memory_utilization
@@ -252,7 +258,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, Path | None]:
 
 # What a resumed run may change: nothing that alters the numbers of the steps. The other schedules
 # of the learning rate end at max_steps, so a longer run would have had other rates from the start.
-RESUMABLE = ("max_steps", "save_steps", "logging_steps")
+RESUMABLE = ("max_steps", "save_steps", "logging_steps", "profile")
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
 

@@ -27,13 +27,15 @@ class Prompts:
 
     train, eval: lists of token ids. grade: (index of the eval prompt, response text) -> right or
     wrong, or None where the data has no answers. num_dropped: prompts that are empty or too long
-    for the context. num_repeated: prompts that were there before.
+    for the context. num_truncated: too long ones that were cut instead. num_repeated: prompts that
+    were there before.
     """
 
     train: list[list[int]]
     eval: list[list[int]]
     grade: Callable[[int, str], bool] | None
     num_dropped: int = 0
+    num_truncated: int = 0
     num_repeated: int = 0
 
 
@@ -58,6 +60,10 @@ def load_prompts(config: TrainConfig, vocabulary: Vocabulary, max_prompt_tokens:
                 f"dataset_name {config.dataset_name}, prompt {number}: {token!r} is id {max(ids)}, "
                 f"past the {vocabulary.size} ids that both models have"
             )
+    num_truncated = 0
+    if config.long_prompts == "truncate":
+        num_truncated = sum(len(ids) > max_prompt_tokens for ids in encoded)
+        encoded = [ids[-max_prompt_tokens:] for ids in encoded]
     # Once each: a repeated prompt would be trained on and held out.
     different = list(dict.fromkeys(map(tuple, encoded)))
     kept = [list(ids) for ids in different if 0 < len(ids) <= max_prompt_tokens]
@@ -75,6 +81,7 @@ def load_prompts(config: TrainConfig, vocabulary: Vocabulary, max_prompt_tokens:
         eval=[kept[index] for index in order[:num_eval]],
         grade=None,
         num_dropped=len(different) - len(kept),
+        num_truncated=num_truncated,
         num_repeated=len(encoded) - len(different),
     )
 

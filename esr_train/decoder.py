@@ -6,6 +6,9 @@ So the step can be captured in a CUDA graph and replayed; on a CPU it runs as it
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,12 +16,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from esr_kernels.checks import sees_values
 from esr_train.attention import (
-    SAME_STATES,
     Scores,
+    accept_layouts,
     attend_masked,
+    lost_window,
     no_mask,
     relative_difference,
+    same_states,
     takes_layouts,
 )
 from esr_train.errors import first_line
@@ -30,9 +36,14 @@ def merged_weight(layer: Any) -> Tensor:
     Out of place: merging into a 16-bit weight and out of it, step after step, would wear it away.
     """
     merged = layer.get_base_layer().weight.float()
-    for adapter in [] if layer.disable_adapters else layer.active_adapters:
-        if adapter in layer.scaling:
-            merged = merged + layer.get_delta_weight(adapter).float()
+    if layer.disable_adapters or layer.merged:
+        return merged
+    for adapter in layer.active_adapters:
+        if adapter not in layer.scaling:
+            continue
+        if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
+            raise ValueError(f"adapter {adapter} is more than W + B @ A (DoRA, a bias, a variant)")
+        merged = merged + layer.get_delta_weight(adapter).float()
     return merged
 
 
@@ -47,6 +58,10 @@ class DecodeWeights:
     def __init__(self, model: Any, dtype: torch.dtype, merge: bool = True) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+        if not accept_layouts(self.model):
+            # Whatever the student attends with: the twin has a configuration of its own.
+            self.model.set_attn_implementation("eager")
+            accept_layouts(self.model)
         self._merged: list[tuple[Any, Tensor]] = []  # an adapted layer, its weight in the twin
         self._cast: list[tuple[Tensor, Tensor]] = []  # a weight, the twin's of another dtype
         if merge:
@@ -91,14 +106,18 @@ def decoding_error(model: Any) -> str | None:
     Tried, not looked up: an architecture may keep more from token to token than keys and values.
     """
     if not takes_layouts(model):
-        return f"its attention, {model.config._attn_implementation}, keeps its own masks"
+        return "its attention cannot be replaced"
     last_id = model.config.get_text_config().vocab_size - 1
     ids = torch.linspace(0, last_id, 14, device=model.device).long().view(2, 7)
     mask = torch.ones(2, 5, dtype=torch.bool, device=model.device)
     mask[0, :2] = False
     decoder = StaticDecoder(model, 2, 8, model.device)
     try:
-        states = [decoder.prefill(ids[:, :5], mask)] + [decoder.step(ids[:, i]) for i in (5, 6)]
+        states = [decoder.prefill(ids[:, :5], mask), decoder.step(ids[:, 5])]
+        with no_host_reads(model.device):
+            states.append(decoder.step(ids[:, 6]))
+        if reason := lost_window(model, decoder.windows):
+            return reason
         expected = [
             model.get_decoder()(input_ids=row[None, -n:], use_cache=False).last_hidden_state[0, -3:]
             for row, n in zip(ids, (5, 7), strict=True)
@@ -106,18 +125,41 @@ def decoding_error(model: Any) -> str | None:
     except Exception as error:  # whatever an architecture says to a keyword that it does not know
         return first_line(error)
     difference = relative_difference(torch.stack(states, dim=1), torch.stack(expected))
-    return None if difference < SAME_STATES else f"its states differ by {difference:.2g}"
+    return (
+        None if difference < same_states(model.dtype) else f"its states differ by {difference:.2g}"
+    )
+
+
+@contextmanager
+def no_host_reads(device: torch.device) -> Iterator[None]:
+    """On a GPU, what makes the host wait is an error in here, as it is in a graph."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@dataclass
+class Slots:
+    """Those that a pass writes, shared by the layers of a cache."""
+
+    now: Tensor
 
 
 class SlotLayer(StaticLayer):
-    """A layer of the cache that writes into the decoder's slots.
+    """A layer of the cache that writes where it is told.
 
     Transformers' own counts tokens in every layer: dozens of tiny kernels a token.
     """
 
-    def __init__(self, decoder: StaticDecoder) -> None:
-        super().__init__(max_cache_len=decoder.num_slots)
-        self.decoder = decoder
+    def __init__(self, num_slots: int, slots: Slots) -> None:
+        super().__init__(max_cache_len=num_slots)
+        self.slots = slots
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -125,8 +167,8 @@ class SlotLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
-        keys.index_copy_(2, self.decoder.slots, key_states)
-        values.index_copy_(2, self.decoder.slots, value_states)
+        keys.index_copy_(2, self.slots.now, key_states)
+        values.index_copy_(2, self.slots.now, value_states)
         return keys, values
 
 
@@ -141,18 +183,20 @@ class StaticDecoder:
         self.decoder = model.get_decoder()
         self.num_slots = num_slots
         num_layers = model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[SlotLayer(self) for _ in range(num_layers)])
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # the next one
+        self.slots = Slots(self.slot)
+        self.cache = Cache(layers=[SlotLayer(num_slots, self.slots) for _ in range(num_layers)])
         self.visible = torch.ones(batch_size, num_slots, dtype=torch.bool, device=device)
         self.positions = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.every_slot = torch.arange(num_slots, device=device)
         self.no_mask = no_mask(device)
-        self.slots = self.slot  # those that a pass writes
         self.num_used = 0  # slots, as the host counts them
         self._masks: dict[int | None, Tensor] = {}
 
     def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """The last hidden state [B, D] of left-padded prompts [B, P]."""
+        if sees_values(prompt_mask) and not prompt_mask[:, -1].all():
+            raise ValueError("prompt_mask: expected prompts padded on the left alone")
         width = prompt_ids.shape[1]
         self.visible[:, :width] = prompt_mask
         self.positions.copy_(prompt_mask.sum(dim=1, keepdim=True))
@@ -170,7 +214,7 @@ class StaticDecoder:
         return hidden
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, slots: Tensor) -> Tensor:
-        self.slots = slots
+        self.slots.now = slots
         self._masks.clear()
         output = self.decoder(
             input_ids=input_ids,
@@ -188,17 +232,23 @@ class StaticDecoder:
         capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
         end = self.num_slots if capturing else self.num_used
         if scores.window not in self._masks:
-            self._masks[scores.window] = self._mask(end, scores.window)
+            self._masks[scores.window] = self._mask(end, scores.window, query.dtype)
         return attend_masked(
             query, key[:, :, :end], value[:, :, :end], self._masks[scores.window], scores
         )
 
-    def _mask(self, end: int, window: int | None) -> Tensor:
-        """[B, 1, queries, end]"""
-        slots, queries = self.every_slot[:end], self.slots.unsqueeze(1)
+    @property
+    def windows(self) -> set[int | None]:
+        """That layers asked for in the last pass."""
+        return set(self._masks)
+
+    def _mask(self, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, queries, end], 0 where a slot is seen, else -inf; made once for all layers."""
+        slots, queries = self.every_slot[:end], self.slots.now.unsqueeze(1)
         seen = slots <= queries
         if window is not None:
             seen &= slots > queries - window
         # Padding sees itself: a softmax over nothing would be NaN, and spread.
         seen = (seen & self.visible[:, None, :end]) | (slots == queries)
-        return seen.unsqueeze(1)
+        unseen = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        return unseen.unsqueeze(1)

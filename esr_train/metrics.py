@@ -10,17 +10,20 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import profile, record_function, schedule
 
 from esr_train.checkpoint import full_disk_names, write_atomically
+from esr_train.errors import memory_named
 
 # The paper's three phases of a step.
 PHASES = ("student_generation", "teacher_scoring", "student_training")
 GIB = 2**30
+TRACE_FILE = "trace.json.gz"
 
 
 def reset_peak(device: torch.device) -> None:
@@ -73,8 +76,9 @@ class PhaseMeter:
         self._synchronize()
         reset_peak(self.device)
         start = time.perf_counter()
-        yield
-        self._synchronize()
+        with memory_named(phase), record_function(phase):
+            yield
+            self._synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
         self.peak_gib[phase] = max(self.peak_gib.get(phase, 0.0), peak_gib(self.device))
 
@@ -101,6 +105,20 @@ def total_phases(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         }
         for phase in PHASES
     }
+
+
+def step_profiler(path: Path | None, num_steps: int) -> AbstractContextManager[Any]:
+    """A profiler to `step()` behind each training step, or of None where `path` is.
+
+    It writes a trace of three steps, the phases marked; the first step, which compiles and
+    captures, is left out if there are more.
+    """
+    if path is None:
+        return nullcontext()
+    return profile(
+        schedule=schedule(wait=0, warmup=1, active=3, repeat=1) if num_steps > 1 else None,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    )
 
 
 class MetricsLog:

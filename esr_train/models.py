@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,21 @@ from transformers import AutoModelForCausalLM
 from esr_kernels import LMHead, RolloutBatch, gather_rows, linear_reverse_kl, rollout_batch
 from esr_train.align import Vocabulary
 from esr_train.attention import (
-    SAME_STATES,
     PackedLayout,
     accept_layouts,
+    lost_window,
     no_mask,
     relative_difference,
+    same_states,
     takes_layouts,
 )
 from esr_train.checkpoint import unreadable
 from esr_train.config import TrainConfig
 from esr_train.errors import UserError, first_line, loading_error
+
+# Relative change of a sequence's states when another one changes: none, but for an expert's rows
+# in another order.
+SEES_NOTHING = 1e-5
 
 
 def pick_device() -> torch.device:
@@ -172,20 +178,10 @@ def enable_packing(model: Any) -> str | None:
     base = core.config._attn_implementation
     if not accept_layouts(core):
         return f"its attention, {base}, keeps its own masks"
-    last_id = core.config.get_text_config().vocab_size - 1
-    prompts = torch.linspace(0, last_id, 10, device=core.device).long().view(2, 5)
-    mask = torch.ones_like(prompts, dtype=torch.bool)
-    mask[0, :2] = False
-    batch = rollout_batch(prompts, mask, prompts[:, :0], eos_token_ids=())
     was_training = core.training
     core.eval()
     try:
-        apart = [
-            core.get_decoder()(input_ids=row[seen][None], use_cache=False).last_hidden_state[0]
-            for row, seen in zip(prompts, mask, strict=True)
-        ]
-        difference = relative_difference(_hidden_states(core, batch), torch.cat(apart))
-        reason = None if difference < SAME_STATES else f"its states differ by {difference:.2g}"
+        reason = _packing_error(core)
     except Exception as error:  # whatever an architecture says to a keyword that it does not know
         reason = first_line(error)
     finally:
@@ -195,14 +191,39 @@ def enable_packing(model: Any) -> str | None:
     return reason
 
 
-def _hidden_states(core: Any, batch: RolloutBatch) -> Tensor:
+def _packing_error(core: Any) -> str | None:
+    """Two sequences packed: each must be what it is alone, and not see that the other changes."""
+    last_id = core.config.get_text_config().vocab_size - 1
+    prompts = torch.linspace(0, last_id, 14, device=core.device).long().view(2, 7)
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    mask[0, :2] = False
+    batches = [
+        rollout_batch(ids, mask, ids[:, :0], eos_token_ids=())
+        for ids in (prompts, torch.stack([prompts[0].flip(0), prompts[1]]))
+    ]
+    layouts = [PackedLayout(batch) for batch in batches]
+    packed, changed = map(partial(_hidden_states, core), batches, layouts)
+    if reason := lost_window(core, layouts[0].windows):
+        return reason
+    leak = relative_difference(changed[5:], packed[5:])
+    if not leak < SEES_NOTHING:
+        return f"packed sequences see each other: {leak:.1g}"
+    apart = [
+        core.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        for ids in batches[0].input_ids.split((5, 7))
+    ]
+    difference = relative_difference(packed, torch.cat(apart))
+    return None if difference < same_states(core.dtype) else f"states differ by {difference:.2g}"
+
+
+def _hidden_states(core: Any, batch: RolloutBatch, layout: PackedLayout) -> Tensor:
     """Final hidden states of packed tokens, [T, D]."""
     output = core.get_decoder()(
         input_ids=batch.input_ids[None],
         attention_mask=no_mask(batch.input_ids.device),
         position_ids=batch.position_ids[None],
         use_cache=False,
-        layout=PackedLayout(batch),
+        layout=layout,
     )
     return output.last_hidden_state[0]
 
@@ -233,7 +254,9 @@ class Pair:
         core = transformer(model)
         with self.autocast():
             if takes_layouts(core):
-                states = gather_rows(_hidden_states(core, batch), batch.loss_rows)
+                states = gather_rows(
+                    _hidden_states(core, batch, PackedLayout(batch)), batch.loss_rows
+                )
             else:
                 padded = batch.padded(self.vocabulary.pad_token_id)
                 output = core.get_decoder()(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from esr_train.checkpoint import write_atomically
 from esr_train.config import TrainConfig
 from esr_train.data import Prompts
-from esr_train.errors import UserError
+from esr_train.errors import UserError, memory_named
 from esr_train.eval.measure import Evaluation, evaluate
 from esr_train.metrics import PHASES, PhaseMeter, total_phases
 from esr_train.models import Pair
@@ -58,11 +58,12 @@ class StepBar:
     def advance(self, record: dict[str, Any]) -> None:
         if record["step"] % self.every == 0:
             spent = {name: phase["seconds"] for name, phase in record["phases"].items()}
-            share = spent["student_generation"] / sum(spent.values())
+            total = sum(spent.values())
+            shares = [f"{name.split('_')[1]} {spent[name] / total:.0%}" for name in PHASES]
             self.bar.set_postfix_str(
                 f"loss {record['loss']:.4f} nats/token, "
                 f"KL {record['kl_per_response']:.2f} nats/response, "
-                f"{record['tokens_per_second']:.0f} tokens/s, generation {share:.0%}",
+                f"{record['tokens_per_second']:.0f} tokens/s, {', '.join(shares)}",
                 refresh=False,
             )
         self.bar.update()
@@ -75,7 +76,7 @@ def evaluate_with_bar(
     if not prompts.eval:
         return None
     total = len(prompts.eval) * config.num_eval_samples
-    with _bar(total, f"evaluate {label}", "response") as bar:
+    with memory_named("evaluation"), _bar(total, f"evaluate {label}", "response") as bar:
         return evaluate(pair, engine, prompts, config, progress=bar.update)
 
 
@@ -93,6 +94,11 @@ def announce(run: Path, config: TrainConfig, pair: Pair, prompts: Prompts, first
         f"  {len(prompts.train):,} training prompts, {len(prompts.eval):,} held out; "
         f"run folder {run}"
     )
+    if prompts.num_truncated:
+        say(
+            f"  warning: cut {prompts.num_truncated:,} prompts on the left, too long for the "
+            "context"
+        )
     if prompts.num_dropped:
         say(
             f"  warning: dropped {prompts.num_dropped:,} prompts, empty or too long for the context"

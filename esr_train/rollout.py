@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from esr_kernels import LMHead, SamplingState, sample_tokens
 from esr_train.decoder import DecodeWeights, StaticDecoder, decoding_error
-from esr_train.errors import UserError
+from esr_train.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Engine(Protocol):
 
     def update_weights(self) -> None:
         """Write with the student's present weights from now on."""
+
+    def release(self) -> None:
+        """Give back what is kept for the next rollouts: they will be of another kind."""
 
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int) -> Tensor:
         """Responses [B, R] int64 to left-padded prompts [B, P]; anything may follow a row's EOS."""
@@ -61,6 +64,9 @@ class HFEngine:
     def update_weights(self) -> None:
         """Nothing to do: it is the student itself that writes."""
 
+    def release(self) -> None:
+        """Nothing to do: nothing is kept."""
+
     @torch.no_grad()
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int) -> Tensor:
         # generate() fills what we leave unset from the model's own generation config; a repetition
@@ -84,10 +90,11 @@ class HFEngine:
         return sequences[:, prompt_ids.shape[1] :]
 
 
-# A session holds whole buckets of slots, and one of up to so many times the need is used again:
-# masked slots cost little, capturing a graph a second.
-SLOT_BUCKET = 128
-MOST_SPARE = 4
+# Slots of a session: a power of two, so that few lengths need a graph of their own. What it is
+# depends on the batch alone, not on earlier ones, so a resumed run computes what it would have.
+FEWEST_SLOTS = 256
+# Sessions that are kept: a batch near a power of two goes to and fro.
+MOST_SESSIONS = 2
 # Tokens between two looks at whether all rows are done: the host runs at most twice as far ahead.
 CHECK_EVERY = 8
 
@@ -108,10 +115,13 @@ class GraphEngine:
         """As `HFEngine`. merge_adapters: False leaves LoRA's layers in the step."""
         self.sampling = sampling
         self.weights = DecodeWeights(model, dtype, merge_adapters)
-        self.session: Session | None = None
+        self.sessions: dict[tuple[int, int], Session] = {}  # the last used last
 
     def update_weights(self) -> None:
         self.weights.refresh()
+
+    def release(self) -> None:
+        self.sessions.clear()
 
     @torch.no_grad()
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int) -> Tensor:
@@ -119,7 +129,9 @@ class GraphEngine:
         # From the CPU's generator: the step's seed decides, and no device is waited for.
         seed = int(torch.randint(2**62, ()))
         with torch.autocast(prompt_ids.device.type, enabled=False):
-            session = self._session(batch_size, width + max_new_tokens, prompt_ids.device)
+            # At least two steps: capturing one runs two.
+            num_slots = width + max(max_new_tokens, 2)
+            session = self._session(batch_size, num_slots, prompt_ids.device)
             session.start(prompt_ids, prompt_mask, seed)
             count = 1
             while count < max_new_tokens and not session.all_done(count):
@@ -128,17 +140,13 @@ class GraphEngine:
         return session.state.tokens[:, :count].clone()
 
     def _session(self, batch_size: int, num_slots: int, device: torch.device) -> Session:
-        buckets = -(-num_slots // SLOT_BUCKET)
-        need = buckets * SLOT_BUCKET
-        session = self.session
-        if (
-            session is None
-            or session.batch_size != batch_size
-            or not need <= session.num_slots <= MOST_SPARE * need
-        ):
-            self.session = None  # its memory goes before the new one's comes
-            session = Session(self.weights.model, self.sampling, batch_size, need, device)
-            self.session = session
+        key = batch_size, max(FEWEST_SLOTS, 1 << (num_slots - 1).bit_length())
+        session = self.sessions.pop(key, None)
+        if session is None:
+            while len(self.sessions) >= MOST_SESSIONS:  # before the new one takes its memory
+                del self.sessions[next(iter(self.sessions))]
+            session = Session(self.weights.model, self.sampling, *key, device)
+        self.sessions[key] = session
         return session
 
 
@@ -154,7 +162,7 @@ class Session:
         vocab_size = sampling.suppress_from
         bias = None if head.bias is None else head.bias[:vocab_size]
         self.head = replace(head, weight=head.weight[:vocab_size], bias=bias)
-        self.eos_token_ids = torch.tensor(sampling.eos_token_ids, device=device)
+        self.eos_token_ids = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=device)
         self.decoder = StaticDecoder(model, batch_size, num_slots, device)
         self.state = SamplingState.create(
             batch_size, num_slots, seed=0, pad_token_id=sampling.pad_token_id, device=device
@@ -232,8 +240,11 @@ def local_engine(
     """
     if name == "hf":
         return HFEngine(model, sampling, dtype)
-    engine = GraphEngine(model, sampling, dtype)
-    reason = decoding_error(engine.weights.model)
+    try:
+        engine = GraphEngine(model, sampling, dtype)
+        reason = decoding_error(engine.weights.model)
+    except Exception as error:  # of a copy, or a merge, that this model does not allow
+        reason = first_line(error)
     if reason is None:
         return engine
     kind = type(model).__name__

@@ -33,7 +33,7 @@ from esr_train.config import TrainConfig
 from esr_train.data import Prompts, load_prompts, mix_seed, pad_left, prompt_order
 from esr_train.errors import UserError
 from esr_train.eval.measure import Evaluation
-from esr_train.metrics import MetricsLog, PhaseMeter
+from esr_train.metrics import TRACE_FILE, MetricsLog, PhaseMeter, step_profiler
 from esr_train.models import Pair, load_pair, pick_device, transformer
 from esr_train.report import (
     RESULTS_FILE,
@@ -102,9 +102,13 @@ def _train(
     write_json(run / RESULTS_FILE, first_results(config, before, pair.device))
 
     meter = PhaseMeter(pair.device)
-    with StepBar(config, first_step) as bar:
+    trace = run / TRACE_FILE if config.profile else None
+    num_steps = config.max_steps - first_step
+    with StepBar(config, first_step) as bar, step_profiler(trace, num_steps) as profile:
         for step in range(first_step, config.max_steps):
             record = train_step(step, config, pair, engine, prompts, optimizer, scheduler, meter)
+            if profile:
+                profile.step()
             log.append(record)
             bar.advance(record)
             if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
@@ -196,13 +200,8 @@ def generate(
     """Sample one response a prompt, stopped at EOS or after `max_new_tokens`."""
     prompt_ids, prompt_mask = pad_left(prompts, pair.vocabulary.pad_token_id, pair.device)
     responses = engine.generate(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens)
-    return rollout_batch(
-        prompt_ids,
-        prompt_mask,
-        responses,
-        eos_token_ids=pair.vocabulary.eos_token_ids,
-        rollout_tokens=max_new_tokens,
-    )
+    eos_token_ids = pair.vocabulary.eos_token_ids
+    return rollout_batch(prompt_ids, prompt_mask, responses, eos_token_ids=eos_token_ids)
 
 
 def make_engine(config: TrainConfig, pair: Pair, run: Path) -> Engine:

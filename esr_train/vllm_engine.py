@@ -94,6 +94,9 @@ class VLLMEngine:
         """From here on, sample from the student's present weights."""
         self.backend.update_weights()
 
+    def release(self) -> None:
+        """Nothing to do: vLLM keeps its share of the memory."""
+
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int) -> Tensor:
         """Responses [B, R] int64 to left-padded prompts [B, P]: up to their EOS, then pads."""
         prompts = [

@@ -61,20 +61,20 @@ def random_words(seed: Tensor, steps: Tensor, num_columns: int) -> Tensor:
 def philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
     """Philox 4x32-10 (Salmon et al. 2011): a counter of four words -> four words of 32 bits."""
     c0, c1, c2, c3 = counter
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
+    rounds = torch.arange(10, device=seed.device)
+    keys0 = ((seed & _WORD) + rounds * 0x9E3779B9) & _WORD
+    keys1 = (((seed >> 32) & _WORD) + rounds * 0xBB67AE85) & _WORD
+    for k0, k1 in zip(keys0.unbind(), keys1.unbind(), strict=True):
         high0, low0 = _multiply(c0, 0xD2511F53)
         high1, low1 = _multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     return c0, c1, c2, c3
 
 
 def _multiply(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Both halves of the 64-bit product, which int64 cannot hold: 16 bits of `words` at a time."""
-    low = (words & 0xFFFF) * factor
-    high = (words >> 16) * factor + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """Both halves of the product: of its 64 bits int64 takes the uppermost for the sign."""
+    product = words * factor
+    return (product >> 32) & _WORD, product & _WORD
 
 
 def gumbel(words: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ def evaluate(
                 for index, text in zip(batch, _texts(rollout, vocabulary.tokenizer), strict=True):
                     right[index] += prompts.grade(index, text)
             progress(len(batch))
+        engine.release()
 
     kl_sum, tokens = profile[:, profile[1] > 0]
     means = [count / config.num_eval_samples for count in right]

@@ -27,7 +27,7 @@ _BASE = {**SHAPE, "vocab_size": VOCAB, "hidden_size": 32}
 _GEMMA = {
     **_BASE,
     "head_dim": 8,
-    "query_pre_attn_scalar": 8,
+    "query_pre_attn_scalar": 3,
     "sliding_window": 4,
     "tie_word_embeddings": False,  # tied random weights repeat the last token for ever
 }

@@ -6,6 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import ARCHITECTURES, make_model
+from tiny_models import SHAPE
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from esr_kernels import gather_rows, rollout_batch
 from esr_train import attention
@@ -113,17 +122,52 @@ def test_a_model_with_attention_of_its_own_stays_as_it_is():
     assert model.config._attn_implementation == "flex_attention"
 
 
-def test_a_model_that_mixes_tokens_otherwise_is_found_out():
-    """A shift by one token inside a layer, as convolutions do: sequences leak into each other."""
+@pytest.mark.parametrize("strength", [0.5, 1e-3])
+def test_a_model_that_mixes_tokens_otherwise_is_found_out(strength):
+    """A shift by one token inside a layer, as convolutions do, however weak."""
     model = make_model("qwen2")
     layer = model.model.layers[0]
 
     def leak(_module, _inputs, output):
-        return output + output.roll(1, dims=1)
+        return output + strength * output.roll(1, dims=1)
 
     layer.mlp.register_forward_hook(leak)
-    assert "differ" in enable_packing(model)
+    assert "see each other" in enable_packing(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_a_hybrid_model_reads_padded_batches():
+    config = Lfm2Config(
+        **SHAPE, vocab_size=300, hidden_size=32, layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+    )  # fmt: skip
+    model, batch = Lfm2ForCausalLM(config).eval(), make_batch()
+    assert "see each other" in enable_packing(model)
+    torch.testing.assert_close(pair_of(model).response_states(model, batch), alone(model, batch))
+
+
+def test_a_window_in_the_masks_alone_is_found_out():
+    """The probe's sequences are shorter than any real window."""
+    config = PhimoeConfig(
+        **SHAPE, vocab_size=300, hidden_size=32, sliding_window=16, num_local_experts=2
+    )
+    model = PhimoeForCausalLM(config).eval()
+    assert enable_packing(model) == "its window of 16 is in its masks alone"
+    config.sliding_window = None
+    assert enable_packing(model) is None
+
+
+def test_scores_that_something_else_weighs_are_refused():
+    """Attention sinks, of whatever size."""
+    config = GptOssConfig(
+        **{**SHAPE, "num_hidden_layers": 2}, vocab_size=300, hidden_size=32, head_dim=8,
+        num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.sinks, -6.0)
+    assert enable_packing(model) == "GptOssAttention weighs its scores by s_aux"
 
 
 def test_an_error_of_the_architecture_is_the_reason():
@@ -190,7 +234,7 @@ def test_attention_of_packed_sequences(kernel, window, softcap, states, monkeypa
         monkeypatch.setattr(attention, "varlen_kernel", lambda *_: attention._flash_attn)
     if kernel == "torch":
         if softcap:
-            return
+            pytest.skip("has none")
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
         monkeypatch.setattr(attention, "varlen_kernel", lambda *_: attention._torch_varlen)
     found = PackedLayout(batch).attend(*states, scores)
@@ -207,18 +251,59 @@ def test_older_torch_has_no_grouped_heads(states, monkeypatch):
         return naive(q, k, v, cu_q, window_size[0], scale)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    monkeypatch.setattr(attention, "_varlen_words", lambda: {"scale", "window_size"})
     rows = [x[0, :, :19].transpose(0, 1) for x in states]
     found = attention._torch_varlen(*rows, batch.cu_seqlens, batch.max_seqlen, Scores(0.3))
     torch.testing.assert_close(found, naive(*rows, batch.cu_seqlens, -1, 0.3))
 
 
-def test_kernels_are_for_16_bits_on_a_gpu():
-    assert attention.varlen_kernel(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), Scores(1)) is None
+def test_which_kernel(monkeypatch):
+    plain = Scores(1.0)
+
+    def kernel(scores=plain, dtype=torch.bfloat16, head_dim=64, cuda=True):
+        query = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 2, 3, head_dim))
+        return attention.varlen_kernel(query, scores)
+
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    assert kernel() is attention._torch_varlen
+    for words in (
+        {"cuda": False},
+        {"dtype": torch.float32},
+        {"head_dim": 264},
+        {"head_dim": 60},
+        {"scores": Scores(1.0, softcap=2.0)},
+        {"scores": Scores(1.0, dropout=0.1)},
+    ):
+        assert kernel(**words) is None
+    monkeypatch.setattr(attention, "_varlen_words", frozenset)  # torch 2.10
+    assert kernel() is None
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: True)
+    assert kernel(Scores(1.0, softcap=2.0)) is attention._flash_attn
+
+
+def test_a_broken_flash_attn_is_gone_without(monkeypatch, tmp_path):
+    attention._has_flash_attn.cache_clear()
+    assert attention._has_flash_attn() is False
+    attention._has_flash_attn.cache_clear()
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="flash_attn cannot be imported .undefined symbol."):
+        assert attention._has_flash_attn() is False
+    attention._has_flash_attn.cache_clear()
+
+
+def test_dropout_of_a_layer_is_applied():
+    model, batch = make_model("qwen2").train(), make_batch()
+    enable_packing(model)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    first, again = (pair_of(model).response_states(model, batch) for _ in range(2))
+    assert not torch.equal(first, again)
 
 
 def test_dropout_reaches_the_scores(states):
     query, key, value = (x[:, :, :19] for x in states)
-    mask = torch.ones(19, 19, dtype=torch.bool).tril()
+    mask = torch.full((19, 19), -torch.inf, dtype=torch.float64).triu(1)
     for softcap in (None, 1.5):
         scores = Scores(0.3, dropout=0.5, softcap=softcap)
         first, again = (attend_masked(query, key, value, mask, scores) for _ in range(2))

@@ -94,6 +94,17 @@ def test_too_long_and_empty_prompts_are_dropped_and_counted(config, tmp_path):
         load_prompts(config, VOCABULARY, max_prompt_tokens=1)
 
 
+def test_too_long_prompts_are_cut_on_the_left_where_asked(config, tmp_path):
+    rows = [{"prompt": text} for text in ("abc", "y" * 90 + "x" * 500, "z" * 40 + "x" * 500, "d")]
+    config = with_file(config, tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
+    config = dataclasses.replace(config, apply_chat_template=False, long_prompts="truncate")
+    prompts = load_prompts(config, VOCABULARY, max_prompt_tokens=20)
+    assert (prompts.num_truncated, prompts.num_dropped) == (2, 0)
+    assert prompts.num_repeated == 1  # the two have the same end
+    texts = {VOCABULARY.tokenizer.decode(ids) for ids in prompts.train}
+    assert texts == {"abc", "x" * 20, "d"}
+
+
 def test_prompts_that_cannot_be_read_by_both_models(config, tmp_path):
     surrogate = with_file(config, tmp_path / "p.jsonl", '{"prompt": "a \\ud800 b"}\n')
     with pytest.raises(UserError, match="prompt 1 holds half a character"):

@@ -1,13 +1,23 @@
 """The decoder: states as a fresh pass has them, and a twin that follows the model's weights."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, make_model
 from peft import LoraConfig, get_peft_model
-from tiny_models import make_student
+from tiny_models import SHAPE, make_student
+from transformers import PhimoeConfig, PhimoeForCausalLM
 
 from esr_train.attention import accept_layouts
-from esr_train.decoder import DecodeWeights, StaticDecoder, decoding_error, merged_weight
+from esr_train.decoder import (
+    DecodeWeights,
+    StaticDecoder,
+    decoding_error,
+    merged_weight,
+    no_host_reads,
+)
 
 PROMPTS = torch.tensor([[0, 0, 0, 7, 8, 9], [11, 12, 13, 14, 15, 16], [0, 0, 0, 0, 0, 21]])
 MASK = PROMPTS > 0
@@ -62,9 +72,59 @@ def test_in_a_graph_all_slots_are_seen(name, monkeypatch):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_can_be_decoded(name):
     model = make_model(name)
-    assert "keeps its own masks" in decoding_error(model)
+    assert decoding_error(model) == "its attention cannot be replaced"
     accept_layouts(model)
     assert decoding_error(model) is None
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "eager", "sdpa"])
+def test_the_twin_decodes_whatever_the_student_attends_with(attention):
+    model = make_model("qwen3")
+    model.config._attn_implementation = attention
+    assert decoding_error(DecodeWeights(model, torch.float32).model) is None
+    assert model.config._attn_implementation == attention
+
+
+def test_a_window_in_the_masks_alone_is_found_out():
+    """The probe's sequences are shorter than any real window."""
+    config = PhimoeConfig(
+        **SHAPE, vocab_size=300, hidden_size=32, sliding_window=16, num_local_experts=2
+    )
+    model = PhimoeForCausalLM(config).eval()
+    accept_layouts(model)
+    assert decoding_error(model) == "its window of 16 is in its masks alone"
+
+
+@pytest.mark.gpu
+def test_a_step_may_not_read_on_a_gpu():
+    device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="synchroniz"), no_host_reads(device):
+        torch.ones(1, device=device).item()
+    torch.ones(1, device=device).item()
+
+
+def test_prompts_are_padded_on_the_left():
+    model = make_model("qwen2")
+    accept_layouts(model)
+    decoder = StaticDecoder(model, 3, 20, torch.device("cpu"))
+    with pytest.raises(ValueError, match="prompt_mask: expected prompts padded on the left"):
+        decoder.prefill(PROMPTS.flip(1), MASK.flip(1))
+
+
+@torch.no_grad()
+def test_a_decoder_is_freed_with_its_last_reference():
+    """Not by the collector, some time later: its cache may be gigabytes."""
+    model = make_model("qwen2")
+    accept_layouts(model)
+    gc.disable()
+    try:
+        decoder = StaticDecoder(model, 3, 20, torch.device("cpu"))
+        decoder.prefill(PROMPTS, MASK)
+        keys = weakref.ref(decoder.cache.layers[0].keys)
+        del decoder
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_with_memory_of_its_own_is_found_out():
@@ -157,6 +217,25 @@ def test_in_another_dtype_weights_are_rounded_once_and_stay_tied():
     weights.refresh()
     assert (twin.model.norm.weight == 3.0).all()
     assert twin.get_submodule("model.layers.1.mlp.up_proj").weight is found
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}])
+def test_adapters_that_add_more_than_a_product_are_not_merged(changes):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], **changes)
+    model = get_peft_model(make_student(), lora).get_base_model()
+    if "lora_bias" in changes:
+        for layer in model.model.layers:
+            assert layer.self_attn.q_proj.lora_B["default"].bias is not None
+    with pytest.raises(ValueError, match=r"adapter default is more than W \+ B @ A"):
+        DecodeWeights(model, torch.float32)
+
+
+def test_what_is_merged_already_is_not_merged_again():
+    model = lora_student()
+    model.merge_adapter()
+    core = model.get_base_model()
+    weights = DecodeWeights(core, torch.float32)
+    torch.testing.assert_close(logits(weights.model), logits(core.eval()))
 
 
 def test_only_adapted_layers_are_copied():

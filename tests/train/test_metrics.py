@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from esr_train.errors import UserError, memory_named
 from esr_train.eval.measure import mean_interval
 from esr_train.metrics import MetricsLog, PhaseMeter, total_phases
 
@@ -81,3 +82,33 @@ def test_interval_covers_the_truth_as_often_as_it_says():
         low, high = mean_interval(draws.mean(1).tolist(), 4)
         covered += low <= 1 / 3 <= high
     assert 0.92 <= covered / trials <= 0.98
+
+
+def test_memory_that_runs_out_names_the_phase_and_the_way_out():
+    meter = PhaseMeter(CPU)
+    with (
+        pytest.raises(UserError, match=r"^student_training ran out of memory: 1,048,576.00 GiB "
+                      r"asked for\. Lower per_device_train_batch_size .*gradient_checkpointing$"),
+        meter("student_training"),
+    ):  # fmt: skip
+        torch.empty(2**50, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="^a bug$"), meter("student_training"):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        ("1.50 GiB", "2.25 GiB asked for, 1.50 GiB free, 0.75 GiB too little. Lower per_device"),
+        ("512.00 MiB", "2.25 GiB asked for, 0.50 GiB free, 1.75 GiB too little."),
+        ("3.00 GiB", "3.00 GiB free in pieces (try PYTORCH_ALLOC_CONF=expandable_segments:True)."),
+    ],
+)  # fmt: skip
+def test_by_how_much_a_gpu_is_too_small(free, expected):
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has a total capacity of 79.11 GiB "
+        f"of which {free} is free. Including non-PyTorch memory, this process has 77.6 GiB"
+    )
+    with pytest.raises(UserError) as raised, memory_named("evaluation"):
+        raise error
+    assert expected in str(raised.value)

@@ -1,6 +1,7 @@
 """Every option reaches what it is for; what a run reports is what happened."""
 
 import dataclasses
+import gzip
 import json
 import subprocess
 from pathlib import Path
@@ -13,10 +14,11 @@ from esr_train import align, models
 from esr_train import train as train_module
 from esr_train.align import load_vocabulary
 from esr_train.data import load_prompts
+from esr_train.errors import UserError
 from esr_train.eval.measure import evaluate
 from esr_train.metrics import PhaseMeter
 from esr_train.models import load_pair, load_student, transformer
-from esr_train.rollout import HFEngine
+from esr_train.rollout import GraphEngine, HFEngine
 from esr_train.train import make_engine, make_optimizer, sampling, train, train_step
 
 CPU = torch.device("cpu")
@@ -67,6 +69,61 @@ def test_sampling_options_reach_the_engine(config):
     narrow = dataclasses.replace(vocabulary, size=290)
     suppressed = HFEngine(model, sampling(config, narrow)).generation_config.suppress_tokens
     assert suppressed == list(range(290, 300))
+
+
+def test_engine_options_reach_the_run(config, monkeypatch):
+    pair = load_pair(config, load_vocabulary(config), CPU)
+    assert isinstance(make_engine(config, pair, Path("run")), GraphEngine)
+    assert isinstance(
+        make_engine(changed(config, rollout_engine="hf"), pair, Path("run")), HFEngine
+    )
+    seen = []
+    monkeypatch.setattr(
+        "esr_train.vllm_engine.VLLMEngine", lambda *args, **words: seen.append((args, words))
+    )
+    given = changed(
+        config,
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url="http://localhost:1",
+        vllm_server_timeout=7.0,
+        vllm_gpu_memory_utilization=0.5,
+        vllm_max_model_length=99,
+        trust_remote_code=True,
+    )
+    make_engine(given, pair, Path("run"))
+    ((student, words, name), options) = seen[0]
+    assert student is pair.student
+    assert words == sampling(given, pair.vocabulary)
+    assert name == given.model_name_or_path
+    assert options == {
+        "mode": "server",
+        "dtype": torch.float32,
+        "gpu_memory_utilization": 0.5,
+        "max_model_len": 99,
+        "trust_remote_code": True,
+        "server_base_url": "http://localhost:1",
+        "server_timeout": 7.0,
+        "adapter_dir": Path("run"),
+    }
+
+
+def test_a_missing_vllm_is_said_before_anything_trains(config):
+    with pytest.raises(UserError, match="package vllm is not installed"):
+        train(changed(config, use_vllm=True))
+
+
+@pytest.mark.parametrize(("max_steps", "traced"), [(5, {2, 3, 4}), (2, {2}), (1, {1})])
+def test_a_trace_of_three_steps(config, max_steps, traced):
+    train(changed(config, profile=True, max_steps=max_steps, num_eval_prompts=0))
+    with gzip.open(Path(config.output_dir) / "trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert names.count("student_generation") == len(traced)
+    assert {"teacher_scoring", "student_training"} <= set(names)
+    if max_steps > 1:
+        steps = {int(n.split("#")[1]) + 1 for n in names if n.startswith("ProfilerStep#")}
+        assert steps - {max_steps + 1} == traced  # which begins, and has nothing in it
 
 
 def test_optimizer_and_schedule(config):
@@ -234,11 +291,12 @@ def test_evaluation_is_the_kl_of_whole_responses(config):
     vocabulary = load_vocabulary(given)
     prompts = load_prompts(given, vocabulary, 100)
     pair = load_pair(given, vocabulary, CPU)
-    for name, parameter in pair.student.named_parameters():
-        if "lora_B" in name:  # dropout in the evaluation would show
-            parameter.normal_(std=0.5)
     engine = make_engine(given, pair, Path("unused"))
+    for name, parameter in pair.student.named_parameters():
+        if "lora_B" in name:  # dropout in the evaluation would show, and old weights
+            parameter.normal_(std=0.5)
     found = evaluate(pair, engine, prompts, given)
+    assert not engine.sessions  # an evaluation's cache is nothing to train beside
     assert pair.student.training
     pair.student.eval()
     sums, counts = float64_profile(pair, engine, prompts, given)
@@ -281,6 +339,9 @@ def test_every_response_is_graded_once_as_text_up_to_its_eos(config):
 
         def update_weights(self):
             self.count = 0
+
+        def release(self):
+            pass
 
         def generate(self, prompt_ids, prompt_mask, *, max_new_tokens):
             a, b = (vocabulary.tokenizer(letter)["input_ids"][0] for letter in "ab")

@@ -1,6 +1,7 @@
 """Generation: nothing but our sampling settings decides it, and the engines write the same."""
 
 import warnings
+from threading import Lock
 
 import pytest
 import torch
@@ -67,14 +68,15 @@ def test_logprobs_are_those_of_a_fresh_pass(name):
     accept_layouts(model)
     engine = GraphEngine(model, sampling(temperature=0.7, eos_token_ids=tuple(range(60))))
     responses = engine.generate(PROMPTS, MASK, max_new_tokens=30)
-    lengths = engine.session.state.lengths.tolist()
+    (session,) = engine.sessions.values()
+    lengths = session.state.lengths.tolist()
     assert len(set(lengths)) > 1
     for row, length in enumerate(lengths):
         prompt = PROMPTS[row][MASK[row]]
         ids = torch.cat([prompt, responses[row, :length]])
         logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1).gather(1, ids[len(prompt) :, None]).squeeze(1)
-        found = engine.session.state.logprobs[row, :length]
+        found = session.state.logprobs[row, :length]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -212,22 +214,54 @@ def test_ends_with_the_last_row(monkeypatch):
     assert GraphEngine(model, GREEDY).generate(PROMPTS, MASK, max_new_tokens=1).shape == (3, 1)
 
 
-def test_buffers_are_used_again_until_they_do_not_fit():
+def test_sessions_depend_on_the_batch_alone():
+    """A resumed run must meet the shapes that it would have met, and few of them."""
     engine = GraphEngine(student(), GREEDY)
 
     def session(rows, new_tokens):
         engine.generate(PROMPTS[:rows], MASK[:rows], max_new_tokens=new_tokens)
-        return engine.session
+        return engine.sessions[next(reversed(engine.sessions))]
 
-    first = session(3, 20)
-    assert session(3, 100) is first  # the same bucket
-    longer = session(3, 125)
-    assert longer is not first
-    assert longer.num_slots == 2 * rollout.SLOT_BUCKET
-    assert session(3, 20) is longer  # a little too much is no reason
-    assert session(2, 20) is not longer
-    huge = session(2, 5 * rollout.SLOT_BUCKET)
-    assert session(2, 20) is not huge
+    short = session(3, 20)
+    assert short.num_slots == rollout.FEWEST_SLOTS
+    assert session(3, rollout.FEWEST_SLOTS - 6) is short  # to the last slot
+    longer = session(3, rollout.FEWEST_SLOTS - 5)
+    assert longer.num_slots == 2 * rollout.FEWEST_SLOTS
+    assert session(3, 20) is short
+    assert session(3, 300) is longer
+    assert session(2, 20).batch_size == 2
+    assert len(engine.sessions) == rollout.MOST_SESSIONS
+    assert session(3, 20) is not short
+    engine.release()
+    assert not engine.sessions
+
+
+def test_capturing_needs_room_for_two_steps(monkeypatch):
+    engine = GraphEngine(student(), GREEDY)
+    width = rollout.FEWEST_SLOTS - 1
+    prompts = torch.arange(width).reshape(1, -1) % 300
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    assert engine.generate(prompts, mask, max_new_tokens=1).shape == (1, 1)
+    (session,) = engine.sessions.values()
+    for _ in range(2):
+        session._step()
+
+
+def test_callers_autocast_does_not_reach_the_decoder():
+    engine = GraphEngine(student(), sampling(temperature=1.0))
+    rows = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            engine.generate(PROMPTS, MASK, max_new_tokens=8)
+        (session,) = engine.sessions.values()
+        rows.append(session.state.logprobs[:, :8].clone())
+    assert torch.equal(*rows)
+
+
+def test_no_eos_at_all():
+    engine = GraphEngine(student(), sampling(eos_token_ids=()))
+    assert engine.generate(PROMPTS, MASK, max_new_tokens=9).shape == (3, 9)
 
 
 def test_old_tokens_in_the_buffers_do_no_harm():
@@ -243,12 +277,13 @@ def test_old_tokens_in_the_buffers_do_no_harm():
 
 def test_which_engine():
     model = make_student().eval()
+    model.lock = Lock()  # which cannot be copied
     assert isinstance(local_engine("hf", model, GREEDY), HFEngine)
-    with pytest.warns(UserWarning, match=r"graph cannot decode Qwen2ForCausalLM: its attention, s"):
+    with pytest.warns(UserWarning, match=r"graph cannot decode Qwen2ForCausalLM: cannot pickle"):
         assert isinstance(local_engine("auto", model, GREEDY), HFEngine)
     with pytest.raises(UserError, match=r"rollout_engine graph cannot decode Qwen2.*; use hf, or"):
         local_engine("graph", model, GREEDY)
-    accept_layouts(model)
+    del model.lock
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("auto", "graph"):
@@ -266,7 +301,8 @@ def test_replays_write_what_the_steps_do(name, temperature, monkeypatch):
     words = sampling(temperature=temperature)
     captured, eager = GraphEngine(model, words), GraphEngine(model, words)
     first = captured.generate(prompts, mask, max_new_tokens=40)
-    graph = captured.session.graph
+    (session,) = captured.sessions.values()
+    graph = session.graph
     assert graph is not None
     monkeypatch.setattr(rollout.Session, "_capture", lambda *_: None)
     for seed in (1, 2):
@@ -274,8 +310,8 @@ def test_replays_write_what_the_steps_do(name, temperature, monkeypatch):
         replayed = captured.generate(prompts, mask, max_new_tokens=40)
         torch.manual_seed(seed)
         assert torch.equal(replayed, eager.generate(prompts, mask, max_new_tokens=40))
-    assert captured.session.graph is graph
-    assert eager.session.graph is None
+    assert [s.graph for s in captured.sessions.values()] == [graph]
+    assert [s.graph for s in eager.sessions.values()] == [None]
     assert first.shape == (3, 40)
 
 
@@ -286,4 +322,5 @@ def test_on_a_gpu_too_it_ends_soon_after_the_last_row():
     engine = GraphEngine(model, words)
     ended = engine.generate(PROMPTS.cuda(), MASK.cuda(), max_new_tokens=100)
     assert ended.shape[1] <= 1 + 2 * rollout.CHECK_EVERY
-    assert engine.session.state.lengths.tolist() == [1, 1, 1]
+    (session,) = engine.sessions.values()
+    assert session.state.lengths.tolist() == [1, 1, 1]

@@ -303,9 +303,10 @@ def _tokenizer(vocab_size: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{id}": id for id in range(vocab_size)}
-    backend = Tokenizer(models.WordLevel(words, f"w{PAD}"))
+    # Special tokens are found inside words too: no word may begin as they do.
+    words = {"<pad>": PAD, "<eos>": EOS} | {f"w{id}": id for id in range(2, vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, "<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=f"w{EOS}", pad_token=f"w{PAD}", padding_side="left"
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left"
     )

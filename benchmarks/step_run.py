@@ -57,13 +57,11 @@ def measure_case(case: Case, steps: list[Step], limits: Limits) -> list[Row]:
             row = Row(step.name, MEASURED)
             rows.append(row)
             try:
-                round_seconds += admit(case, step, models, row, running, limits)
-            except torch.cuda.OutOfMemoryError:
-                row.status, row.reason = SKIPPED, "out of memory"
-            except ImportError as error:
-                row.status, row.reason = SKIPPED, str(error)
+                round_seconds += admit(case, step, models, row, running)
             except Exception as error:  # another project's code: reported, and the others still run
                 row.status, row.reason = FAILED, f"{type(error).__name__}: {error}"
+                if isinstance(_first_cause(error), (torch.OutOfMemoryError, ImportError)):
+                    row.status = SKIPPED
         _time(case, rows, running, round_seconds, limits)
     finally:
         for call in running.values():
@@ -77,7 +75,6 @@ def admit(
     models: Models,
     row: Row,
     running: dict[Step, OurStep | TRLStep],
-    limits: Limits,
 ) -> float:
     """Builds, warms up and checks a step, and takes its memory; the seconds of a warm one."""
     call = make_step(case, step, models)
@@ -92,7 +89,7 @@ def admit(
         second = call()
         if case.device == "cuda":
             row.memory_bytes = growth(call, second)
-        elif limits.children(case, step):
+        elif case.memory:
             row.memory_bytes = run_child(
                 "benchmarks.step_child",
                 {
@@ -106,6 +103,13 @@ def admit(
         if step not in running:
             call.close()
     return second["seconds"]
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Running out of memory is told in our words, and from TRL's thread."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def problem(case: Case, step: Step, record: dict[str, Any]) -> str | None:

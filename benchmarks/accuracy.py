@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.loss_cases import TRAINING, Case, Inputs, float64_answer, make_inputs
 from benchmarks.loss_providers import PROVIDERS, Provider, Tolerance, run
-from benchmarks.loss_report import environment, results_path, save
+from benchmarks.reporting import environment, results_path, save
 from esr_kernels import LMHead
 from esr_train.report import as_markdown, markdown_table
 

@@ -9,45 +9,45 @@ and `--benchmark-json` hold what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from benchmarks.loss_cases import PASSES, Case
-from benchmarks.loss_run import MEASURED, SKIPPED
-
-if TYPE_CHECKING:
-    from benchmarks.conftest import LossRun
-
-
-class ReplayClock:
-    """Stands still, but for a sample's length while that sample is played."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.samples: Iterator[float] = iter(())
-
-    def __call__(self) -> float:
-        return self.now
-
-    def play(self) -> None:
-        self.now += next(self.samples)
-
+from benchmarks.loss_cases import CPU_CASES, CPU_FULL_CASE, CUDA_CASES, PASSES, Case
+from benchmarks.loss_providers import PROVIDERS
+from benchmarks.loss_report import case_json, loss_table
+from benchmarks.loss_run import FLOOR, Row, measure_case
+from benchmarks.measuring import Limits, ReplayClock
+from benchmarks.session import Kind, Session
 
 CLOCK = ReplayClock()
 
 
+def cases(config: pytest.Config, device: str) -> list[Case]:
+    if device == "cuda":
+        return list(CUDA_CASES)
+    return [*CPU_CASES, *([CPU_FULL_CASE] if config.getoption("--cpu-full") else [])]
+
+
+def measure(case: Case, names: list[str], limits: Limits) -> list[Row]:
+    return measure_case(case, [each for each in PROVIDERS if each.name in names], limits)
+
+
+KIND = Kind(
+    name="loss",
+    cases=cases,
+    providers=lambda case: [*(provider.name for provider in PROVIDERS), FLOOR],
+    measure=measure,
+    case_json=case_json,
+    table=loss_table,
+)
+
+
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("which", PASSES)
-def test_loss(case: Case, provider: str, which: str, loss_run: LossRun, benchmark: Any) -> None:
-    row = loss_run.row(case, provider)
-    if row.status == SKIPPED:
-        pytest.skip(f"{provider}: {row.reason}")
-    if row.status != MEASURED:
-        pytest.fail(f"{provider} {row.status}: {row.reason}")
+def test_loss(case: Case, provider: str, which: str, measured: Session, benchmark: Any) -> None:
+    row = measured.row(case, provider)
     timing = row.passes[which]
-    seconds = timing["seconds"]
     benchmark.group = f"{case.name}, {which}"
     benchmark.extra_info.update(
         {name: value for name, value in timing.items() if name != "seconds"},
@@ -55,5 +55,4 @@ def test_loss(case: Case, provider: str, which: str, loss_run: LossRun, benchmar
         value_error=row.value_error,
         grad_error=row.grad_error,
     )
-    CLOCK.samples = iter(seconds)
-    benchmark.pedantic(CLOCK.play, rounds=len(seconds), iterations=1)
+    CLOCK.replay(benchmark, timing["seconds"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,17 +22,21 @@ from benchmarks.loss_cases import (
 )
 from benchmarks.loss_providers import Loss, Provider, run
 from benchmarks.measuring import (
+    FAILED,
+    MEASURED,
+    REFUSED,
+    SKIPPED,
     Call,
     CudaTimer,
+    Limits,
     cpu_timer,
     interleave,
     peak_bytes,
-    peak_bytes_of_child,
+    run_child,
     summary,
 )
 
 FLOOR = "bare GEMMs"
-MEASURED, SKIPPED, REFUSED, FAILED = "measured", "skipped", "refused", "failed"
 
 
 @dataclass
@@ -48,16 +52,6 @@ class Row:
     setup_seconds: float | None = None  # first call: imports, compilation, autotuning
     extra_memory_bytes: int | None = None  # of forward + backward
     passes: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """seconds: of sampling a case. `children` measure memory where the device is a CPU."""
-
-    seconds: float = 10.0
-    min_rounds: int = 5
-    max_rounds: int = 30
-    children: Callable[[Case, Provider], bool] = lambda case, provider: True
 
 
 def measure_case(case: Case, providers: Sequence[Provider], limits: Limits) -> list[Row]:
@@ -129,12 +123,13 @@ def _memory(
         return peak_bytes(lambda _: run(loss, inputs, TRAINING), torch.device(case.device))
     if not limits.children(case, provider):
         return None
-    return peak_bytes_of_child(
+    return run_child(
+        "benchmarks.loss_child",
         {
             "case": dataclasses.asdict(case),
             "provider": provider.name,
             "threads": torch.get_num_threads(),
-        }
+        },
     )
 
 

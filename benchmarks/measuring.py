@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, TypeVar
@@ -20,9 +21,41 @@ Key = TypeVar("Key", bound=Hashable)
 # A timed call; its argument is the round, which picks the inputs.
 Call = Callable[[int], object]
 
+# What became of a provider on a case.
+MEASURED, SKIPPED, REFUSED, FAILED = "measured", "skipped", "refused", "failed"
+
 # Written before each GPU sample: past the L2 of any present GPU, and long enough (some 0.1 ms) for
 # the host to run ahead, so that an asynchronous call is not charged for its first launch.
 FLUSH_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Limits:
+    """seconds: of sampling a case. `children` measure memory where the device is a CPU."""
+
+    seconds: float = 10.0
+    min_rounds: int = 5
+    max_rounds: int = 30
+    children: Callable[[Any, Any], bool] = lambda case, provider: True
+
+
+class ReplayClock:
+    """Stands still, but for a sample's length while that sample is played."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.samples: Iterator[float] = iter(())
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self) -> None:
+        self.now += next(self.samples)
+
+    def replay(self, benchmark: Any, seconds: list[float]) -> None:
+        """Show pytest-benchmark, whose timer this is, samples that were taken before."""
+        self.samples = iter(seconds)
+        benchmark.pedantic(self.play, rounds=len(seconds), iterations=1)
 
 
 class CudaTimer:
@@ -66,18 +99,21 @@ def interleave(
     budget_seconds: float,
     min_rounds: int = 5,
     max_rounds: int = 30,
+    round_seconds: float | None = None,
 ) -> dict[Key, list[float]]:
     """Seconds of every call, one sample a round; each round starts with another call.
 
     As many rounds as the budget holds, within the two bounds; a first, discarded one tells how
-    many that are. So all calls see the same drift of clocks and temperature.
+    many that are, unless `round_seconds` does. So all calls see the same drift of clocks and
+    temperature.
     """
     keys = list(calls)
     gc.collect()
     gc.disable()
     try:
-        first = sum(timer(call, 0) for call in calls.values())
-        rounds = min(max(int(budget_seconds / first), min_rounds), max_rounds)
+        if round_seconds is None:
+            round_seconds = sum(timer(call, 0) for call in calls.values())
+        rounds = min(max(int(budget_seconds / round_seconds), min_rounds), max_rounds)
         samples: dict[Key, list[float]] = {key: [] for key in keys}
         for round_ in range(rounds):
             start = round_ % len(keys)
@@ -107,13 +143,16 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return round((after - before) * 2**30)
 
 
-def peak_bytes_of_child(request: dict[str, Any]) -> int:
-    """`peak_bytes` in a fresh process (`benchmarks.loss_child`), where no older peak is left."""
-    command = (sys.executable, "-W", "ignore", "-m", "benchmarks.loss_child")
+def run_child(module: str, request: dict[str, Any]) -> Any:
+    """The JSON that `python -m module` answers to a request on stdin.
+
+    For memory on a CPU: in a fresh process no older peak is left.
+    """
+    command = (sys.executable, "-W", "ignore", "-m", module)
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         command, cwd=root, input=json.dumps(request), capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"the child that measures memory failed:\n{done.stderr[-2000:]}")
-    return int(done.stdout)
+    return json.loads(done.stdout)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from benchmarks import accuracy
-from benchmarks.bench_loss import ReplayClock
 from benchmarks.loss_cases import (
     CUDA_CASES,
     FORWARD,
@@ -21,9 +20,20 @@ from benchmarks.loss_cases import (
     make_inputs,
 )
 from benchmarks.loss_providers import EXACT, PROVIDERS, Loss, Provider, orda, run
-from benchmarks.loss_report import case_json, environment, loss_table, save
-from benchmarks.loss_run import FLOOR, MEASURED, REFUSED, SKIPPED, Limits, admit, measure_case
-from benchmarks.measuring import Call, interleave, peak_bytes_of_child, summary
+from benchmarks.loss_report import case_json, loss_table
+from benchmarks.loss_run import FLOOR, admit, measure_case
+from benchmarks.measuring import (
+    MEASURED,
+    REFUSED,
+    SKIPPED,
+    Call,
+    Limits,
+    ReplayClock,
+    interleave,
+    run_child,
+    summary,
+)
+from benchmarks.reporting import environment, save
 
 TINY = Case("tiny", 24, 16, 20, 515, 515, dtype="float32", device="cpu")
 LIMITS = Limits(seconds=0.05, max_rounds=6, children=lambda case, provider: False)
@@ -196,13 +206,13 @@ def test_memory_is_the_resident_peak_of_a_child() -> None:
     case = Case("memory", 256, 16, 16, 32001, 32001, dtype="float32", device="cpu")
     request = {"case": case.__dict__, "provider": "eager", "threads": 1}
     logits = 4 * case.num_rows * case.vocab_size
-    assert 4 * logits < peak_bytes_of_child(request) < 24 * logits
+    assert 4 * logits < run_child("benchmarks.loss_child", request) < 24 * logits
 
 
 def test_a_failing_child_is_an_error_with_its_reason() -> None:
     request = {"case": TINY.__dict__, "provider": "nobody", "threads": 1}
     with pytest.raises(RuntimeError, match="nobody"):
-        peak_bytes_of_child(request)
+        run_child("benchmarks.loss_child", request)
 
 
 def test_accuracy_report(

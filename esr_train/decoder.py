@@ -16,8 +16,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from esr_kernels import rollout_batch
 from esr_kernels.checks import sees_values
 from esr_train.attention import (
+    Layout,
+    PackedLayout,
     Scores,
     accept_layouts,
     attend_masked,
@@ -145,21 +148,38 @@ def no_host_reads(device: torch.device) -> Iterator[None]:
 
 
 @dataclass
-class Slots:
-    """Those that a pass writes, shared by the layers of a cache."""
+class Place:
+    """Where a pass writes, for all layers of a cache.
 
-    now: Tensor
+    slot [1]: one token of every row. Packed tokens [T] have a row and a slot each.
+    """
+
+    slot: Tensor
+    packed: tuple[Tensor, Tensor] | None = None
 
 
 class SlotLayer(StaticLayer):
-    """A layer of the cache that writes where it is told.
+    """A layer of the cache that writes where it is told, [B, H, slots, D].
 
     Transformers' own counts tokens in every layer: dozens of tiny kernels a token.
     """
 
-    def __init__(self, num_slots: int, slots: Slots) -> None:
+    def __init__(self, batch_size: int, num_slots: int, place: Place) -> None:
         super().__init__(max_cache_len=num_slots)
-        self.slots = slots
+        self.rows = batch_size
+        self.place = place
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = self.rows, key_states.shape[1], 1, key_states.shape[3]
+        # Only shape, dtype and device are read.
+        super().lazy_initialization(
+            key_states.new_empty(shape),
+            value_states.new_empty(*shape[:3], value_states.shape[3]),
+        )
+
+    def get_seq_length(self) -> int:
+        """Unused: positions and masks are given. Older versions would look for it in the keys."""
+        return 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -167,30 +187,37 @@ class SlotLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
-        keys.index_copy_(2, self.slots.now, key_states)
-        values.index_copy_(2, self.slots.now, value_states)
+        if self.place.packed is not None:
+            rows, slots = self.place.packed
+            keys[rows, :, slots] = key_states.squeeze(0).transpose(0, 1)
+            values[rows, :, slots] = value_states.squeeze(0).transpose(0, 1)
+            return key_states, value_states  # the prompts' attention is among themselves
+        keys.index_copy_(2, self.place.slot, key_states)
+        values.index_copy_(2, self.place.slot, value_states)
         return keys, values
 
 
 class StaticDecoder:
     """Hidden states of prompts [B, P] and then of a token a row, again and again.
 
-    Prompts are padded on the left, so that a step writes one slot for all rows. All that a step
-    reads and writes stays where it is. `num_slots` >= P + the steps.
+    Prompts are padded on the left, so that a step writes one slot for all rows, but read packed.
+    All that a step reads and writes stays where it is. `num_slots` >= P + the steps.
     """
 
     def __init__(self, model: Any, batch_size: int, num_slots: int, device: torch.device) -> None:
         self.decoder = model.get_decoder()
         self.num_slots = num_slots
         num_layers = model.config.get_text_config().num_hidden_layers
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # the next one
-        self.slots = Slots(self.slot)
-        self.cache = Cache(layers=[SlotLayer(num_slots, self.slots) for _ in range(num_layers)])
+        self.place = Place(torch.zeros(1, dtype=torch.int64, device=device))
+        self.cache = Cache(
+            layers=[SlotLayer(batch_size, num_slots, self.place) for _ in range(num_layers)]
+        )
         self.visible = torch.ones(batch_size, num_slots, dtype=torch.bool, device=device)
         self.positions = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.every_slot = torch.arange(num_slots, device=device)
         self.no_mask = no_mask(device)
         self.num_used = 0  # slots, as the host counts them
+        self.windows: set[int | None] = set()  # that layers asked for
         self._masks: dict[int | None, Tensor] = {}
 
     def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -200,32 +227,36 @@ class StaticDecoder:
         width = prompt_ids.shape[1]
         self.visible[:, :width] = prompt_mask
         self.positions.copy_(prompt_mask.sum(dim=1, keepdim=True))
-        self.slot.fill_(width)
+        self.place.slot.fill_(width)
         self.num_used = width
-        position_ids = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self._forward(prompt_ids, position_ids, self.every_slot[:width])
+        batch = rollout_batch(prompt_ids, prompt_mask, prompt_ids[:, :0], eos_token_ids=())
+        layout = PackedLayout(batch)
+        rows, slots = prompt_mask.nonzero().unbind(1)
+        self.place.packed = rows, slots
+        hidden = self._forward(batch.input_ids[None], batch.position_ids[None], layout)[0]
+        self.place.packed = None
+        self.windows = layout.windows
+        return hidden[batch.cu_seqlens[1:] - 1]
 
     def step(self, token_ids: Tensor) -> Tensor:
         """The hidden state [B, D] of one more token [B] a row."""
         self.num_used += 1
-        hidden = self._forward(token_ids.unsqueeze(1), self.positions, self.slot)
-        self.slot += 1
+        self._masks.clear()
+        hidden = self._forward(token_ids.unsqueeze(1), self.positions, self)[:, 0]
+        self.place.slot += 1
         self.positions += 1
         return hidden
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, slots: Tensor) -> Tensor:
-        self.slots.now = slots
-        self._masks.clear()
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         output = self.decoder(
             input_ids=input_ids,
             attention_mask=self.no_mask,
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            cache_position=slots,
-            layout=self,
+            layout=layout,
         )
-        return output.last_hidden_state[:, -1]
+        return output.last_hidden_state
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """`Layout`: over the slots in use, or over all of them in a graph, which cannot grow."""
@@ -237,18 +268,11 @@ class StaticDecoder:
             query, key[:, :, :end], value[:, :, :end], self._masks[scores.window], scores
         )
 
-    @property
-    def windows(self) -> set[int | None]:
-        """That layers asked for in the last pass."""
-        return set(self._masks)
-
     def _mask(self, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, queries, end], 0 where a slot is seen, else -inf; made once for all layers."""
-        slots, queries = self.every_slot[:end], self.slots.now.unsqueeze(1)
-        seen = slots <= queries
+        """[B, 1, 1, end], 0 where a slot is seen, else -inf; made once for all layers."""
+        slots, query = self.every_slot[:end], self.place.slot
+        seen = self.visible[:, :end] & (slots <= query)
         if window is not None:
-            seen &= slots > queries - window
-        # Padding sees itself: a softmax over nothing would be NaN, and spread.
-        seen = (seen & self.visible[:, None, :end]) | (slots == queries)
+            seen &= slots > query - window
         unseen = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
-        return unseen.unsqueeze(1)
+        return unseen[:, None, None]

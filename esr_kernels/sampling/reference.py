@@ -74,11 +74,13 @@ def philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
 def _multiply(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """Both halves of the product: of its 64 bits int64 takes the uppermost for the sign."""
     product = words * factor
-    return (product >> 32) & _WORD, product & _WORD
+    return (product >> 32).bitwise_and_(_WORD), product.bitwise_and_(_WORD)
 
 
 def gumbel(words: Tensor) -> Tensor:
     """-log(-log(1 - v)), v = (word + 0.5) / 2**32, float32; exact in both tails."""
-    lower = (words.float() + 0.5) * 2.0**-32
-    upper = ((_WORD - words).float() + 0.5) * 2.0**-32
-    return -torch.where(lower < 0.5, -torch.log1p(-lower), -upper.log()).log()
+    lower = words.float().add_(0.5).mul_(2.0**-32)
+    upper = (_WORD - words).float().add_(0.5).mul_(2.0**-32)
+    below_half = lower < 0.5
+    exponential = torch.where(below_half, lower.neg_().log1p_(), upper.log_()).neg_()
+    return exponential.log_().neg_()

@@ -38,7 +38,8 @@ def merged_weight(layer: Any) -> Tensor:
 
     Out of place: merging into a 16-bit weight and out of it, step after step, would wear it away.
     """
-    merged = layer.get_base_layer().weight.float()
+    base = layer.get_base_layer()
+    merged = base.weight.float()
     if layer.disable_adapters or layer.merged:
         return merged
     for adapter in layer.active_adapters:
@@ -46,7 +47,11 @@ def merged_weight(layer: Any) -> Tensor:
             continue
         if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
             raise ValueError(f"adapter {adapter} is more than W + B @ A (DoRA, a bias, a variant)")
-        merged = merged + layer.get_delta_weight(adapter).float()
+        if type(base) is torch.nn.Linear:  # one pass over the weight, not three
+            up, down = layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
+            merged = torch.addmm(merged, up, down, alpha=layer.scaling[adapter])
+        else:
+            merged = merged + layer.get_delta_weight(adapter).float()
     return merged
 
 

@@ -244,7 +244,7 @@ def make_optimizer(config: TrainConfig, pair: Pair) -> tuple[torch.optim.Optimiz
         trained,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        fused=pair.device.type == "cuda",
+        fused=True,
     )
     scheduler = get_scheduler(
         config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps

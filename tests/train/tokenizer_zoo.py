@@ -1,0 +1,177 @@
+"""Tokenizers of every kind that aligning knows, trained on a text of many languages."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from typing import Any
+
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+SPECIALS = ["<unk>", "<s>", "</s>"]
+EOS = 2
+
+_SENTENCES = """
+The sum of the two numbers is 17, so each of them can't be larger than 9.
+What's the derivative of x^2 + 3x? It is 2x + 3; we'll need it in a moment.
+def add(a, b):\n    if a is None:\n        return b\n\n    return a + b  # nothing else
+{"name": "get_weather", "arguments": {"city": "Z\u00fcrich", "days": 3}}
+\\frac{1}{2} \\cdot \\sqrt{x_1^2 + x_2^2} = \\boxed{42}
+Der schnelle braune Fuchs springt \u00fcber den faulen Hund, der Gr\u00f6\u00dfe wegen.
+Le caf\u00e9 \u00e9tait ferm\u00e9 d\u00e8s No\u00ebl, o\u00f9 l'on n'a rien mang\u00e9.
+El ni\u00f1o comi\u00f3 una manzana, \u00bfverdad? S\u00ed, ma\u00f1ana tambi\u00e9n.
+\u0421\u0443\u043c\u043c\u0430 \u0434\u0432\u0443\u0445 \u0447\u0438\u0441\u0435\u043b \u0440\u0430\u0432\u043d\u0430 \u0441\u0435\u043c\u043d\u0430\u0434\u0446\u0430\u0442\u0438, \u0438 \u044d\u0442\u043e \u043e\u0442\u0432\u0435\u0442.
+\u4e24\u4e2a\u6570\u7684\u548c\u662f\u5341\u4e03\uff0c\u6240\u4ee5\u7b54\u6848\u662f\u5341\u4e03\u3002
+\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3092\u66f8\u304d\u307e\u3059\u3002\u7b54\u3048\u306f\u5341\u4e03\u3067\u3059\u3002
+\u0645\u062c\u0645\u0648\u0639 \u0627\u0644\u0639\u062f\u062f\u064a\u0646 \u0647\u0648 \u0633\u0628\u0639\u0629 \u0639\u0634\u0631
+\u05e1\u05db\u05d5\u05dd \u05e9\u05e0\u05d9 \u05d4\u05de\u05e1\u05e4\u05e8\u05d9\u05dd \u05d4\u05d5\u05d0 \u05e9\u05d1\u05e2
+\u0926\u094b \u0938\u0902\u0916\u094d\u092f\u093e\u0913\u0902 \u0915\u093e \u092f\u094b\u0917 \u0938\u0924\u094d\u0930\u0939 \u0939\u0948
+Hello \U0001f44d\U0001f3fd \U0001f469\u200d\U0001f4bb and \U0001f1e9\U0001f1ea!   Three   spaces,\ttabs\r\nand lines.
+"""
+SENTENCES = [line.replace("\\n", "\n") for line in _SENTENCES.strip().split("\n")]
+
+
+@cache
+def corpus(num_lines: int = 1500) -> list[str]:
+    """Sentences with their words mixed, and invented words, so that many merges are worth it."""
+    draw = random.Random(0)
+    words = [word for sentence in SENTENCES for word in sentence.split(" ")]
+    syllables = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
+    lines = list(SENTENCES)
+    while len(lines) < num_lines:
+        invented = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(6)]
+        lines.append(" ".join(draw.sample(words, 12) + invented))
+    return lines
+
+
+def byte_level(
+    vocab_size: int, pattern: str | None, nfc: bool = False, ignore_merges: bool = False
+) -> Any:
+    """GPT-2's with no pattern; Qwen's and Llama 3's with theirs."""
+    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    if nfc:
+        backend.normalizer = normalizers.NFC()
+    byte_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    steps = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_letters])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIALS,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    return wrap(backend)
+
+
+def pieces(vocab_size: int, kind: str) -> Any:
+    """BPE of pieces with byte fallback: "gemma" has no dummy prefix, "llama2" and "mistral" do."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIALS + byte_tokens,
+            limit_alphabet=120,
+            show_progress=False,
+        ),
+    )
+    backend = plain_tokens(backend, byte_tokens)
+    to_marker = normalizers.Replace(" ", "\u2581")
+    decoding = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "gemma":
+        backend.normalizer = to_marker
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        backend.add_tokens(["\n\n", "<think>"])
+    if kind == "llama2":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), to_marker])
+        backend.pre_tokenizer = None
+    if kind == "mistral":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if kind != "gemma":
+        decoding.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(decoding)
+    return wrap(backend)
+
+
+def unigram(vocab_size: int, byte_fallback: bool) -> Any:
+    """Unigram behind NFKC, as T5's and XLM-R's families are built."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.train_from_iterator(
+        corpus(400),
+        trainers.UnigramTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIALS + byte_tokens,
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
+    if byte_fallback:
+        backend = plain_tokens(backend, byte_tokens)
+        backend.decoder = decoders.Sequence(
+            [
+                decoders.ByteFallback(),
+                decoders.Metaspace(),
+            ]
+        )
+    return wrap(backend)
+
+
+def plain_tokens(backend: Tokenizer, tokens: list[str]) -> Tokenizer:
+    """Byte tokens are pieces of the model, not tokens that a text may name."""
+    parts = json.loads(backend.to_str())
+    parts["added_tokens"] = [
+        token for token in parts["added_tokens"] if token["content"] not in tokens
+    ]
+    parts["model"]["byte_fallback"] = True
+    if parts["model"]["type"] == "Unigram":
+        for piece in parts["model"]["vocab"]:
+            if piece[0] in tokens:
+                piece[1] = -20.0
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def wrap(backend: Tokenizer) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+
+
+@cache
+def zoo() -> dict[str, Any]:
+    """By name; trained when first asked for."""
+    return {
+        "gpt2": byte_level(900, None),
+        "qwen": byte_level(2000, QWEN, nfc=True),
+        "llama3": byte_level(8000, LLAMA_3, ignore_merges=True),
+        "gemma": pieces(3000, "gemma"),
+        "llama2": pieces(1200, "llama2"),
+        "mistral": pieces(500, "mistral"),
+        "unigram": unigram(800, byte_fallback=True),
+        "unknown": unigram(500, byte_fallback=False),
+    }

@@ -142,7 +142,6 @@ class Aligner:
         known = np.flatnonzero(student.starts >= 0)
         student_rows = known[rows_at[student.starts[known]] >= 0]
         teacher_rows = rows_at[student.starts[student_rows]]
-        stops = _stops(student, student_rows, stops_at, changed)
         student_stops, teacher_stops = _stops(student, student_rows, stops_at, changed)
         return Alignment(
             teacher_response_ids=torch.from_numpy(teacher.padded(eos)),

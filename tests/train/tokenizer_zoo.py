@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import (
@@ -26,24 +27,11 @@ LLAMA_3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPECIALS = ["<unk>", "<s>", "</s>"]
 EOS = 2
 
-_SENTENCES = """
-The sum of the two numbers is 17, so each of them can't be larger than 9.
-What's the derivative of x^2 + 3x? It is 2x + 3; we'll need it in a moment.
-def add(a, b):\n    if a is None:\n        return b\n\n    return a + b  # nothing else
-{"name": "get_weather", "arguments": {"city": "Z\u00fcrich", "days": 3}}
-\\frac{1}{2} \\cdot \\sqrt{x_1^2 + x_2^2} = \\boxed{42}
-Der schnelle braune Fuchs springt \u00fcber den faulen Hund, der Gr\u00f6\u00dfe wegen.
-Le caf\u00e9 \u00e9tait ferm\u00e9 d\u00e8s No\u00ebl, o\u00f9 l'on n'a rien mang\u00e9.
-El ni\u00f1o comi\u00f3 una manzana, \u00bfverdad? S\u00ed, ma\u00f1ana tambi\u00e9n.
-\u0421\u0443\u043c\u043c\u0430 \u0434\u0432\u0443\u0445 \u0447\u0438\u0441\u0435\u043b \u0440\u0430\u0432\u043d\u0430 \u0441\u0435\u043c\u043d\u0430\u0434\u0446\u0430\u0442\u0438, \u0438 \u044d\u0442\u043e \u043e\u0442\u0432\u0435\u0442.
-\u4e24\u4e2a\u6570\u7684\u548c\u662f\u5341\u4e03\uff0c\u6240\u4ee5\u7b54\u6848\u662f\u5341\u4e03\u3002
-\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3092\u66f8\u304d\u307e\u3059\u3002\u7b54\u3048\u306f\u5341\u4e03\u3067\u3059\u3002
-\u0645\u062c\u0645\u0648\u0639 \u0627\u0644\u0639\u062f\u062f\u064a\u0646 \u0647\u0648 \u0633\u0628\u0639\u0629 \u0639\u0634\u0631
-\u05e1\u05db\u05d5\u05dd \u05e9\u05e0\u05d9 \u05d4\u05de\u05e1\u05e4\u05e8\u05d9\u05dd \u05d4\u05d5\u05d0 \u05e9\u05d1\u05e2
-\u0926\u094b \u0938\u0902\u0916\u094d\u092f\u093e\u0913\u0902 \u0915\u093e \u092f\u094b\u0917 \u0938\u0924\u094d\u0930\u0939 \u0939\u0948
-Hello \U0001f44d\U0001f3fd \U0001f469\u200d\U0001f4bb and \U0001f1e9\U0001f1ea!   Three   spaces,\ttabs\r\nand lines.
-"""
-SENTENCES = [line.replace("\\n", "\n") for line in _SENTENCES.strip().split("\n")]
+# Many languages, code and emoji; \n, \r and \t are written so.
+SENTENCES = [
+    line.replace("\\r\\n", "\r\n").replace("\\n", "\n").replace("\\t", "\t")
+    for line in Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8").splitlines()
+]
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,12 +78,15 @@ def pieces(vocab_size: int, kind: str) -> Any:
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    # Other letters fall back to bytes. (The trainer's own limit picks among ties by chance.)
+    letters = Counter("".join(corpus()))
+    common = set(sorted(letters, key=lambda letter: (-letters[letter], letter))[:120])
+    lines = ["".join(filter(common.__contains__, line)) for line in corpus()]
     backend.train_from_iterator(
-        corpus(),
+        lines,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=SPECIALS + byte_tokens,
-            limit_alphabet=120,
             show_progress=False,
         ),
     )
@@ -163,3 +168,13 @@ def zoo() -> dict[str, Any]:
         "unigram": unigram(800, byte_fallback=True),
         "unknown": unigram(500, byte_fallback=False),
     }
+
+
+def main(folder: str) -> None:
+    """Save them all, each in a folder of its name."""
+    for name, tokenizer in zoo().items():
+        tokenizer.save_pretrained(Path(folder) / name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,4 +1,7 @@
-"""`python -m esr_train`: distil a student from a teacher. With no arguments, the embedded demo."""
+"""`python -m esr_train`: distil a student from a teacher. With no arguments, the embedded demo.
+
+`python -m esr_train align`: how two tokenizers cut one text.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,17 @@ def distil(words: list[str]) -> None:
     from esr_train.train import train
 
     print_results(train(config, resume))
+
+
+def align(words: list[str]) -> None:
+    """Show how two tokenizers cut one text."""
+    from esr_train.align.show import show
+
+    show(words)
+
+
+# By the first word of the command line; without one of them it trains.
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"align": align}
 
 
 def guarded(command: Callable[[list[str]], None], words: list[str]) -> int:
@@ -57,7 +71,10 @@ def _fail(message: str) -> int:
 
 
 def main() -> int:
-    return guarded(distil, sys.argv[1:])
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        return guarded(COMMANDS[words[0]], words[1:])
+    return guarded(distil, words)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from esr_train import align, models
+from esr_train import models
 from esr_train import train as train_module
 from esr_train.align import load_vocabulary
+from esr_train.align import vocabulary as align_vocabulary
 from esr_train.data import load_prompts
 from esr_train.errors import UserError
 from esr_train.eval.measure import evaluate
@@ -169,8 +170,8 @@ def test_loading_options(config, monkeypatch, trust):
     spies = []
     for module, name in (
         (models, "AutoModelForCausalLM"),
-        (align, "AutoTokenizer"),
-        (align, "AutoConfig"),
+        (align_vocabulary, "AutoTokenizer"),
+        (align_vocabulary, "AutoConfig"),
     ):
         spy = Spy(getattr(module, name).from_pretrained)
         monkeypatch.setattr(getattr(module, name), "from_pretrained", spy)

@@ -1,0 +1,20 @@
+"""What two tokenizers share: one vocabulary, or the bytes that their tokens stand for."""
+
+from esr_train.align.aligner import Aligner, Alignment
+from esr_train.align.byte_tokenizer import ByteTokenizer
+from esr_train.align.vocabulary import (
+    Vocabulary,
+    common_vocab_size,
+    load_eos_token_ids,
+    load_vocabulary,
+)
+
+__all__ = [
+    "Aligner",
+    "Alignment",
+    "ByteTokenizer",
+    "Vocabulary",
+    "common_vocab_size",
+    "load_eos_token_ids",
+    "load_vocabulary",
+]

@@ -1,0 +1,202 @@
+"""Where student and teacher stand at the same place of one text, found by its bytes.
+
+A response is the student's tokens; its text, written anew by the teacher's tokenizer, is the
+teacher's. Both sides' token boundaries are put on one ruler, a mark for each byte: in front of the
+text one for a dummy space that a tokenizer may begin with, behind it one for EOS. Boundaries on the
+same mark agree. Boundaries inside text that one side does not keep have no mark, and nothing else
+moves: text that changes on the way loses its own positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esr_train.align.byte_tokenizer import ByteTokenizer
+from esr_train.align.spelling import LOST, Spelled, readable
+from esr_train.align.vocab_map import project_vocabulary
+from esr_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The teacher's tokens of a batch of responses, and where the two sides agree.
+
+    teacher_response_ids: [B, R] int64. A row is closed by EOS, whatever the student's ended with,
+    and filled up with it, so `rollout_batch(prompts, mask, teacher_response_ids,
+    eos_token_ids=[that EOS])` keeps of it what counts.
+    student_rows, teacher_rows: [m] int64, the start-aligned positions: both tokens begin at the
+    same byte. Indices into the `targets` of the student's `RolloutBatch`, and of the teacher's.
+    student_stops, teacher_stops: [m] int64. student_rows[i] .. student_stops[i] is the shortest run
+    of tokens from there that spells the same bytes as teacher_rows[i] .. teacher_stops[i]; -1 where
+    there is none, because the text is cut or changed.
+    num_student_tokens: response tokens in all, aligned or not.
+    """
+
+    teacher_response_ids: Tensor
+    student_rows: Tensor
+    teacher_rows: Tensor
+    student_stops: Tensor
+    teacher_stops: Tensor
+    num_student_tokens: int
+
+    @property
+    def span_aligned(self) -> Tensor:
+        """[m] bool: the two tokens also end at the same byte."""
+        student = self.student_stops - self.student_rows == 1
+        return student & (self.teacher_stops - self.teacher_rows == 1)
+
+    @property
+    def start_coverage(self) -> float:
+        """Share of the response tokens that are start-aligned; 0 of none."""
+        return len(self.student_rows) / max(self.num_student_tokens, 1)
+
+    @property
+    def span_coverage(self) -> float:
+        return int(self.span_aligned.sum()) / max(self.num_student_tokens, 1)
+
+
+class Aligner:
+    """Aligns what a student writes with how its teacher would have written it."""
+
+    def __init__(
+        self,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        *,
+        student_eos_token_ids: Sequence[int],
+        teacher_eos_token_ids: Sequence[int],
+        starts_text: bool = True,
+    ) -> None:
+        """Read both tokenizers. Raises UserError where their bytes are not known.
+
+        eos_token_ids: what ends a response, at least one id a side. Any of one side stands for any
+        of the other; the teacher's first one is what is written.
+        starts_text: a response begins a text of its own, as a chat's turn does: a tokenizer with a
+        dummy prefix has it in front of the response. False: it goes on with the prompt's text.
+        """
+        for role, ids in (("student", student_eos_token_ids), ("teacher", teacher_eos_token_ids)):
+            if not ids:
+                raise UserError(f"the {role} has no EOS id; name those that end its responses")
+        self.student = ByteTokenizer(student_tokenizer, "student", student_eos_token_ids)
+        self.teacher = ByteTokenizer(teacher_tokenizer, "teacher", teacher_eos_token_ids)
+        self.student_eos_token_ids = tuple(student_eos_token_ids)
+        self.teacher_eos_token_ids = tuple(teacher_eos_token_ids)
+        self.starts_text = starts_text
+
+    def align(self, response_ids: Sequence[Sequence[int]]) -> Alignment:
+        """Align responses, token ids up to and with EOS, or cut before one.
+
+        A cut response is read up to its last whole character. No loop over tokens.
+        """
+        student = Spelled(self.student, response_ids)
+        texts: list[str] = []
+        text_marks = []  # of each text's first byte
+        changes = []
+        size = 0
+        for row, response in enumerate(response_ids):
+            raw = student.raw(row)
+            ended = len(response) > 0 and response[-1] in self.student_eos_token_ids
+            text, marks, replaced = readable(raw, cut=not ended)
+            dummy = self.starts_text and self.student.drops_first_space and raw.startswith(b" ")
+            first_mark = size if dummy else size + 1
+            student.place(row, first_mark, marks)
+            changes += [(first_mark + first, first_mark + stop) for first, stop in replaced]
+            texts.append(text[1:] if dummy else text)
+            text_marks.append(size + 1)
+            size += len(texts[-1].encode()) + 3
+            if ended:
+                student.close(row, size - 2)
+        changed = np.zeros(size, dtype=bool)
+        for first, stop in changes:
+            changed[first:stop] = True
+
+        eos = self.teacher_eos_token_ids[0]
+        encoded = self.teacher.encode(texts, self.starts_text)
+        teacher = Spelled(self.teacher, [[*ids, eos] for ids in encoded])
+        for row, (text, mark) in enumerate(zip(texts, text_marks, strict=True)):
+            raw, expected = teacher.raw(row), text.encode()
+            if raw == expected:
+                teacher.place(row, mark)
+            elif raw == b" " + expected:
+                teacher.place(row, mark - 1)
+            else:
+                offsets = self.teacher.offsets(text, self.starts_text)
+                prefixed = self.teacher.adds_space(text, self.starts_text)
+                teacher.place_by_claims(row, mark, text, offsets, prefixed, changed)
+            teacher.close(row, mark + len(expected))
+
+        # The walk: a slot for each mark, written from the teacher's side, read from the student's.
+        rows_at, stops_at = (np.full(size, LOST, dtype=np.int64) for _ in range(2))
+        # Of several tokens that begin at one mark the first has read that text and no more.
+        known = np.flatnonzero(teacher.starts >= 0)[::-1]
+        rows_at[teacher.starts[known]] = known
+        known = np.flatnonzero(teacher.ends >= 0)
+        stops_at[teacher.ends[known]] = known + 1
+
+        known = np.flatnonzero(student.starts >= 0)
+        student_rows = known[rows_at[student.starts[known]] >= 0]
+        teacher_rows = rows_at[student.starts[student_rows]]
+        student_stops, teacher_stops = _stops(student, student_rows, stops_at, changed)
+        return Alignment(
+            teacher_response_ids=torch.from_numpy(teacher.padded(eos)),
+            student_rows=torch.from_numpy(student_rows),
+            teacher_rows=torch.from_numpy(teacher_rows),
+            student_stops=torch.from_numpy(student_stops),
+            teacher_stops=torch.from_numpy(teacher_stops),
+            num_student_tokens=len(student.ids),
+        )
+
+    def vocab_map(self, projection: str, *, student_rows: int, teacher_rows: int) -> Tensor:
+        """[teacher_rows] int64, for `linear_reverse_kl`: the student id that each teacher id counts
+        for, -1 for none.
+
+        projection: "exact" maps an id to the one of the same bytes; "project" to the first token
+        that the student writes these bytes with, so several may count for one. EOS counts for EOS.
+        student_rows, teacher_rows: of the LM heads. Cached on disk by the tokenizers' contents.
+        Raises UserError if no text is shared.
+        """
+        text_map = project_vocabulary(self.student, self.teacher, projection)
+        found = torch.full((teacher_rows,), -1, dtype=torch.int64)
+        count = min(len(text_map), teacher_rows)
+        found[:count] = torch.from_numpy(text_map[:count])
+        found[found >= student_rows] = -1
+        if not (found >= 0).any():
+            raise UserError(
+                "student and teacher share no token, so nothing can be distilled between them: "
+                "choose another pair"
+            )
+        # One student EOS takes the mass of all the teacher's.
+        found[list(self.teacher_eos_token_ids)] = self.student_eos_token_ids[0]
+        return found
+
+
+def _stops(
+    student: Spelled, student_rows: np.ndarray, stops_at: np.ndarray, changed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each aligned token the stops, of both sides, of the shortest runs that spell the same."""
+    known = np.flatnonzero(student.ends >= 0)
+    common = known[stops_at[student.ends[known]] >= 0]
+    marks = student.ends[common]
+    begins = student.starts[student_rows]
+    nearest = np.searchsorted(marks, begins, side="right")
+    found = np.flatnonzero(nearest < len(marks))
+    nearest = nearest[found]
+    # In the same response, no changed byte on the way and no token without text.
+    num_changed = np.append(0, np.cumsum(changed))
+    num_empty = np.append(0, np.cumsum(student.empty))
+    last, first = common[nearest], student_rows[found]
+    whole = (
+        (student.sequence_ids[last] == student.sequence_ids[first])
+        & (num_changed[marks[nearest]] == num_changed[begins[found]])
+        & (num_empty[last] == num_empty[first])
+    )
+    student_stops, teacher_stops = (np.full(len(student_rows), LOST) for _ in range(2))
+    student_stops[found[whole]] = last[whole] + 1
+    teacher_stops[found[whole]] = stops_at[marks[nearest[whole]]]
+    return student_stops, teacher_stops

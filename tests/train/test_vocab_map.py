@@ -1,0 +1,183 @@
+"""Which student id a teacher id counts for."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizer_zoo import EOS, zoo
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from esr_kernels import linear_reverse_kl
+from esr_train.align import Aligner, vocab_map
+from esr_train.errors import UserError
+
+NAMES = ["gpt2", "qwen", "llama3", "gemma", "llama2", "unigram"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    return tmp_path / "esr_train" / "vocab_maps"
+
+
+def aligner(student: str, teacher: str, **words: Any) -> Aligner:
+    eos = {"student_eos_token_ids": [EOS], "teacher_eos_token_ids": [EOS]}
+    return Aligner(zoo()[student], zoo()[teacher], **{**eos, **words})
+
+
+def mapped(own: Aligner, projection: str) -> list[int]:
+    sizes = len(own.student.token_bytes), len(own.teacher.token_bytes)
+    return own.vocab_map(projection, student_rows=sizes[0], teacher_rows=sizes[1]).tolist()
+
+
+@pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(NAMES, 2)))
+def test_ids_count_for_equal_bytes_or_for_the_first_token_of_them(
+    student: str, teacher: str
+) -> None:
+    own = aligner(student, teacher)
+    exact, projected = mapped(own, "exact"), mapped(own, "project")
+    written = zoo()[student]  # its own encoding, behind a letter that hides a dummy prefix
+    known = set(own.student.token_bytes) - {b""}
+    for index, piece in enumerate(own.teacher.token_bytes):
+        if not piece:
+            assert exact[index] == projected[index] == (EOS if index == EOS else -1)
+            continue
+        assert (exact[index] >= 0) == (piece in known)
+        assert exact[index] < 0 or own.student.token_bytes[exact[index]] == piece
+        first = own.student.token_bytes[projected[index]] if projected[index] >= 0 else b""
+        assert piece.startswith(first)
+        if student == "unigram":  # its normal form may leave no way to write these bytes
+            continue
+        assert first
+        if not piece.startswith(b" ") and piece.isascii() and student != "llama2":
+            assert projected[index] == written.encode(piece.decode(), add_special_tokens=False)[0]
+
+
+def test_of_equal_bytes_the_id_counts_that_is_written() -> None:
+    own = aligner("gemma", "gpt2")
+    letter = own.teacher.token_bytes.index(b"a")
+    plain = zoo()["gemma"].convert_tokens_to_ids("a")
+    assert plain != zoo()["gemma"].convert_tokens_to_ids("<0x61>")
+    assert mapped(own, "exact")[letter] == mapped(own, "project")[letter] == plain
+
+
+def test_half_characters_count_for_half_characters() -> None:
+    own = aligner("gemma", "gpt2")
+    half = own.teacher.token_bytes.index(b"\xe2")
+    byte = zoo()["gemma"].convert_tokens_to_ids("<0xE2>")
+    assert mapped(own, "exact")[half] == mapped(own, "project")[half] == byte
+    own = aligner("llama3", "gpt2")
+    first = own.student.first_ids([b"\xe4\xb8\xa4\xe4"])[0]  # a letter and a piece of the next
+    assert first is not None
+    assert own.student.token_bytes[first] in (b"\xe4", b"\xe4\xb8", b"\xe4\xb8\xa4")
+    own = aligner("gemma", "gpt2")
+    letter = own.student.encode(["\u00fc"], False)[0][0]
+    assert own.student.first_ids([b"\xc3\xbc\xe4"]) == [letter]
+
+
+def test_every_eos_counts_for_the_first_of_the_students() -> None:
+    own = aligner("qwen", "gpt2", student_eos_token_ids=[1, 2], teacher_eos_token_ids=[2, 0])
+    assert [mapped(own, "exact")[index] for index in (0, 1, 2)] == [1, -1, 1]
+
+
+def test_the_map_fits_the_heads_and_the_kernel() -> None:
+    own = aligner("gpt2", "qwen")
+    found = own.vocab_map("project", student_rows=700, teacher_rows=2050)
+    whole = own.vocab_map("project", student_rows=900, teacher_rows=2050)
+    assert found.shape == (2050,)
+    assert found.dtype == torch.int64
+    assert found[2000:].eq(-1).all()
+    assert found.max() < 700 <= whole.max()
+    assert torch.equal(found, whole.where(whole < 700, -1))
+    shorter = own.vocab_map("project", student_rows=900, teacher_rows=1500)
+    assert torch.equal(shorter, whole[:1500])
+    states, heads = (
+        [torch.randn(3, 4) for _ in range(2)],
+        (torch.randn(900, 4), torch.randn(2050, 4)),
+    )
+    loss = linear_reverse_kl(states[0], heads[0], states[1], heads[1], vocab_map=whole)
+    assert 0 < loss.item() < 100
+
+
+def test_project_covers_what_exact_cannot() -> None:
+    own = aligner("gpt2", "llama3")
+    exact, projected = (np.array(mapped(own, name)) for name in ("exact", "project"))
+    assert (exact < 0).sum() > 1000
+    assert set(np.flatnonzero(projected < 0)) == {0, 1}  # <unk> and <s>
+    assert len(np.unique(projected)) < len(projected) / 2  # several count for one
+
+
+def test_nothing_shared_is_refused() -> None:
+    def letters(text: str) -> Any:
+        backend = Tokenizer(models.BPE({"</s>": 0, **{c: i for i, c in enumerate(text, 1)}}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+    own = Aligner(
+        letters("ab"), letters("cd"), student_eos_token_ids=[0], teacher_eos_token_ids=[0]
+    )
+    with pytest.raises(UserError, match="share no token.*choose another pair"):
+        mapped(own, "exact")
+    with pytest.raises(ValueError, match="projection must be one of exact, project, got 'span'"):
+        mapped(own, "span")
+
+
+def test_a_map_is_made_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = mapped(aligner("gpt2", "qwen"), "project")
+    assert len(list(cache.iterdir())) == 1  # and no temporary file
+
+    def build(*_: Any) -> Any:
+        raise AssertionError("made anew")
+
+    monkeypatch.setattr(vocab_map, "_build", build)
+    assert mapped(aligner("gpt2", "qwen"), "project") == first
+    others = [aligner("qwen", "gpt2"), aligner("gpt2", "llama3")]
+    others.append(aligner("gpt2", "qwen", student_eos_token_ids=[500]))
+    for own in others:
+        with pytest.raises(AssertionError, match="made anew"):
+            mapped(own, "project")
+    with pytest.raises(AssertionError, match="made anew"):
+        mapped(aligner("gpt2", "qwen"), "exact")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "other shape", "out of range", "type"])
+def test_a_broken_file_is_made_anew(cache: Path, damage: str) -> None:
+    expected = mapped(aligner("gpt2", "qwen"), "project")
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    size = len(expected)
+    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"\x93NUMPY not really"}
+    arrays = {
+        "other shape": np.zeros(size - 1, np.int64),
+        "out of range": np.full(size, 900),
+        "type": np.zeros(size, np.float64),
+    }
+    if damage in contents:
+        file.write_bytes(contents[damage])
+    else:
+        np.save(file, arrays[damage])
+    assert mapped(aligner("gpt2", "qwen"), "project") == expected
+    assert file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="could not be kept.*set HF_HOME"):
+        found = mapped(aligner("gpt2", "qwen"), "exact")
+    assert max(found) > 0
+
+
+def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert vocab_map.cache_folder() == Path("/somewhere/esr_train/vocab_maps")

@@ -23,6 +23,7 @@ setup(
         "peft>=0.18",
         "datasets>=4.0",
         "matplotlib>=3.8",
+        "numpy>=1.24",
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.5",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from esr_train.align.show import make_parser
 from esr_train.config import parse
 from esr_train.data import read_prompts
 
@@ -42,7 +43,8 @@ def ids(cases: list[tuple[str, str]]) -> list[str]:
 
 
 @pytest.mark.parametrize(("place", "code"), blocks("python"), ids=ids(blocks("python")))
-def test_python_examples_run(place, code):
+def test_python_examples_run(place, code, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # what they cache
     exec(compile(code, place, "exec"), {})
 
 
@@ -67,6 +69,8 @@ def test_shell_commands_are_real(place, command):
     if words[0] == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
+    elif words[:4] == ["python", "-m", "esr_train", "align"]:
+        make_parser().parse_args(words[4:])
     elif words[:3] == ["python", "-m", "esr_train"]:
         config, _ = parse(words[3:])
         if config.dataset_name == "prompts.jsonl":

@@ -133,8 +133,7 @@ class Aligner:
 
         # The walk: a slot for each mark, written from the teacher's side, read from the student's.
         rows_at, stops_at = (np.full(size, LOST, dtype=np.int64) for _ in range(2))
-        # Of several tokens that begin at one mark the first has read that text and no more.
-        known = np.flatnonzero(teacher.starts >= 0)[::-1]
+        known = np.flatnonzero(teacher.starts >= 0)
         rows_at[teacher.starts[known]] = known
         known = np.flatnonzero(teacher.ends >= 0)
         stops_at[teacher.ends[known]] = known + 1

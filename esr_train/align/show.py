@@ -32,8 +32,7 @@ class Run:
     teacher: tuple[str, ...]
 
 
-def show(words: list[str]) -> None:
-    """Print the alignment that the command line asks for."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m esr_train align",
         description="Show how two tokenizers cut a text, where they agree and what blocks it.",
@@ -42,7 +41,12 @@ def show(words: list[str]) -> None:
     parser.add_argument("--teacher", required=True, help="model folder or name on the Hub")
     parser.add_argument("--text", required=True, type=Path, help="file with a response, UTF-8")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
-    options = parser.parse_args(words)
+    return parser
+
+
+def show(words: list[str]) -> None:
+    """Print the alignment that the command line asks for."""
+    options = make_parser().parse_args(words)
     try:
         text = options.text.read_bytes().decode("utf-8")
     except OSError as error:

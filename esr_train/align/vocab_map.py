@@ -23,7 +23,7 @@ def project_vocabulary(
     """[teacher ids] int64: the student id each counts for, -1 for none, by text alone.
 
     projection: "exact", the id of equal bytes; "project", the first token that the student writes
-    the teacher's bytes with, or the one of equal bytes where it cannot write them so.
+    the teacher's bytes with.
     """
     if projection not in PROJECTIONS:
         raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
@@ -46,14 +46,10 @@ def _build(student: ByteTokenizer, teacher: ByteTokenizer, projection: str) -> n
     found = np.full(len(teacher.token_bytes), -1, dtype=np.int64)
     ids = [index for index, piece in enumerate(teacher.token_bytes) if piece]
     pieces = [teacher.token_bytes[index] for index in ids]
-    equal = [student.ids_of_bytes.get(piece, -1) for piece in pieces]
     if projection == "exact":
-        found[ids] = equal
+        found[ids] = [student.ids_of_bytes.get(piece, -1) for piece in pieces]
     else:
-        firsts = student.first_ids(pieces)
-        found[ids] = [
-            other if first is None else first for first, other in zip(firsts, equal, strict=True)
-        ]
+        found[ids] = [-1 if first is None else first for first in student.first_ids(pieces)]
     return found
 
 
@@ -64,7 +60,7 @@ def _cache_file(student: ByteTokenizer, teacher: ByteTokenizer, projection: str)
         for side in (student, teacher)
         for part in (side.fingerprint, ",".join(map(str, sorted(side.no_text))))
     ]
-    key = hashlib.sha256("\n".join([str(_VERSION), projection, *parts]).encode()).hexdigest()
+    key = hashlib.sha256("\n".join([str(_VERSION), *parts]).encode()).hexdigest()
     return cache_folder() / f"{projection}-{key[:32]}.npy"
 
 

@@ -98,6 +98,13 @@ def byte_tokens(name: str) -> set[int]:
     return {id_ for token, id_ in zoo()[name].get_vocab().items() if token.startswith("<0x")}
 
 
+def runs_of(alignment: Any) -> list[list[int]]:
+    """(student row, teacher row, student stop, teacher stop) of each aligned position."""
+    rows = alignment.student_rows, alignment.teacher_rows
+    stops = alignment.student_stops, alignment.teacher_stops
+    return torch.stack([*rows, *stops], dim=1).tolist()
+
+
 def found_pairs(alignment: Any, lengths: list[int]) -> list[Any]:
     """Per response: its pairs, and the stops of those that have some."""
     rows = [(set(), {}) for _ in lengths]
@@ -105,13 +112,7 @@ def found_pairs(alignment: Any, lengths: list[int]) -> list[Any]:
     teacher_first = [0]
     for row in alignment.teacher_response_ids.tolist():
         teacher_first.append(teacher_first[-1] + row.index(EOS) + 1)
-    for a, b, c, d in zip(
-        alignment.student_rows.tolist(),
-        alignment.teacher_rows.tolist(),
-        alignment.student_stops.tolist(),
-        alignment.teacher_stops.tolist(),
-        strict=True,
-    ):
+    for a, b, c, d in runs_of(alignment):
         row = next(i for i in range(len(lengths)) if a < student_first[i + 1])
         s, t = student_first[row], teacher_first[row]
         pair = a - s, b - t
@@ -148,13 +149,7 @@ def spelled(own: Aligner, batch: list[list[int]]) -> list[tuple[bytes, ...]]:
         student = [own.student.token_bytes[id_] for id_ in response]
         ids = alignment.teacher_response_ids[0].tolist()
         teacher = [own.teacher.token_bytes[id_] for id_ in ids]
-        for a, b, c, d in zip(
-            alignment.student_rows.tolist(),
-            alignment.teacher_rows.tolist(),
-            alignment.student_stops.tolist(),
-            alignment.teacher_stops.tolist(),
-            strict=True,
-        ):
+        for a, b, c, d in runs_of(alignment):
             runs = (student[a:c], teacher[b:d]) if c >= 0 else ([], [])
             found.append(tuple(map(b"".join, (student[:a], teacher[:b], *runs))))
     return found
@@ -276,6 +271,12 @@ def test_a_special_token_in_a_response_is_passed_over() -> None:
     rows = plain.student_rows
     assert torch.equal(alignment.student_rows, rows + (rows >= len(the)))
     assert alignment.span_aligned.tolist() == plain.span_aligned.tolist()
+    # No run goes through it: its own log-probability has no counterpart.
+    own = aligner("mistral", "llama3", starts_text=False)
+    start, *rest = own.student.encode([" numbers"], False)[0]
+    assert own.teacher.encode([" numbers"], False)[0] == own.teacher.first_ids([b" numbers"])
+    assert own.align([[start, *rest]]).student_stops[0] == 1 + len(rest)
+    assert own.align([[start, 1, *rest]]).student_stops[0] == -1
 
 
 def test_a_cut_character_is_left_out_and_a_broken_one_replaced() -> None:
@@ -302,6 +303,14 @@ def test_text_that_a_normalizer_changes_loses_its_own_positions() -> None:
     assert (b"\xcc", b"\xc3", True) not in pairs
     before = own.align([own.student.encode(["the cafe the"], True)[0]])
     assert before.span_aligned[-1]
+
+
+def test_a_dummy_prefix_survives_a_change_behind_it() -> None:
+    own = aligner("llama2", "llama2")
+    vocab = zoo()["llama2"].get_vocab()
+    marker = [vocab[f"<0x{byte:02X}>"] for byte in "\u2581".encode()]  # read as a space
+    ids = own.student.encode(["the"], True)[0]
+    assert pairs_of(own, [*ids, *marker, *ids])[0] == (b" the", b" the", True)
 
 
 def test_the_teachers_batch_is_a_rollout_batch() -> None:

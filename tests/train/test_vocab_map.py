@@ -81,6 +81,13 @@ def test_half_characters_count_for_half_characters() -> None:
     assert own.student.first_ids([b"\xc3\xbc\xe4"]) == [letter]
 
 
+def test_what_the_student_would_change_counts_for_nothing() -> None:
+    own = aligner("unigram", "gpt2")
+    index = own.teacher.token_bytes.index(b"a")
+    own.teacher.token_bytes[index] = "\ufb01".encode()  # a ligature, which NFKC takes apart
+    assert mapped(own, "project")[index] == -1
+
+
 def test_every_eos_counts_for_the_first_of_the_students() -> None:
     own = aligner("qwen", "gpt2", student_eos_token_ids=[1, 2], teacher_eos_token_ids=[2, 0])
     assert [mapped(own, "exact")[index] for index in (0, 1, 2)] == [1, -1, 1]

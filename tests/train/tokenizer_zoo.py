@@ -17,6 +17,7 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
     trainers,
 )
 from transformers import PreTrainedTokenizerFast
@@ -60,6 +61,7 @@ def byte_level(
     steps = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
     backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_letters])
     backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2 and Llama 3
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(
         corpus(),

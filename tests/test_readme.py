@@ -100,6 +100,14 @@ def test_the_headline_figures_are_those_of_the_results_files():
         assert re.fullmatch("[0-9a-f]{40}", result["machine"]["commit"])  # of a clean checkout
 
 
+def test_the_steps_figures_are_those_of_the_results_file():
+    from benchmarks.step_report import compared_table
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "step-cpu.json").read_text())
+    assert compared_table(results["cases"][0]["compared"]) in (ROOT / "README.md").read_text()
+    assert re.fullmatch("[0-9a-f]{40}", results["commit"])
+
+
 def test_links_inside_the_project_exist():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):

@@ -58,15 +58,14 @@ class LMHead:
         a gradient on a GPU.
         """
         weight, bias = self.weight, self.bias
-        if dtype is not None and dtype != weight.dtype:
-            bias = None if bias is None else bias.to(dtype)
-        if dtype is None or dtype == weight.dtype:
-            logits = torch.nn.functional.linear(hidden, weight, bias)
-        elif hidden.is_cuda:
+        if dtype is not None and dtype != weight.dtype and hidden.is_cuda:
             logits = torch.mm(hidden, weight.T, out_dtype=dtype)
-            logits = logits if bias is None else logits + bias
+            logits = logits if bias is None else logits + bias.to(dtype)
         else:
-            logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
+            if dtype is not None:
+                hidden, weight = hidden.to(dtype), weight.to(dtype)
+                bias = None if bias is None else bias.to(dtype)
+            logits = torch.nn.functional.linear(hidden, weight, bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from inspect import signature
 from typing import Any, Protocol
 
@@ -149,16 +149,16 @@ class PackedLayout:
         self.cu_seqlens = batch.cu_seqlens
         self.num_sequences = len(batch.cu_seqlens) - 1
         self.max_seqlen = batch.max_seqlen
-        starts = batch.cu_seqlens[:-1].long()
-        sequence = torch.searchsorted(
-            batch.cu_seqlens[1:],
-            torch.arange(len(batch.input_ids), device=starts.device),
-            right=True,
-        )
-        # Of every packed row in [num_sequences * max_seqlen]: sequences are padded on the right.
-        self.padded_rows = sequence * self.max_seqlen + batch.position_ids
+        self.position_ids = batch.position_ids
         self.windows: set[int | None] = set()  # that layers asked for
         self._bands: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    @cached_property
+    def padded_rows(self) -> Tensor:
+        """[T], of each packed row in [num_sequences * max_seqlen]: padded on the right."""
+        packed_rows = torch.arange(len(self.position_ids), device=self.position_ids.device)
+        sequence = torch.searchsorted(self.cu_seqlens[1:], packed_rows, right=True)
+        return sequence * self.max_seqlen + self.position_ids
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         self.windows.add(scores.window)

@@ -231,3 +231,13 @@ def test_padding_of_the_vocabulary_is_cut() -> None:
     head = LMHead.from_model(Fake(unpadded_vocab_size=VOCAB - 3))
     assert head.bias is not None
     assert (head.weight.shape[0], head.bias.shape[0]) == (VOCAB - 3, VOCAB - 3)
+
+
+def test_wider_logits_are_never_rounded_to_the_inputs_dtype() -> None:
+    head = LMHead(torch.randn(7, 5).bfloat16(), torch.randn(7).bfloat16(), softcap=3.0, scale=0.5)
+    hidden = torch.randn(4, 5).bfloat16()
+    inner = 0.5 * (hidden.double() @ head.weight.double().T + head.bias.double())
+    logits = head.logits(hidden, torch.float32)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), 3.0 * torch.tanh(inner / 3.0), rtol=1e-6, atol=1e-6)
+    assert head.logits(hidden).dtype == torch.bfloat16

@@ -51,7 +51,11 @@ class TrainConfig:
     long_prompts: Literal["drop", "truncate"] = option(
         "drop", "Prompts that leave no room for the response: drop them, or cut them on the left."
     )
-    demo: str | None = option(None, "Embedded demo: 'default'. Chosen when no model is named.")
+    demo: str | None = option(
+        None,
+        "Embedded demo: 'default', or 'cross-tokenizer'. The default is chosen when no model is "
+        "named.",
+    )
 
     rollout_tokens: int = option(
         100,
@@ -85,6 +89,27 @@ class TrainConfig:
     )
     eos_token_ids: list[int] | None = option(
         None, "Tokens that end a response. Default: the student's generation config's.", nargs="+"
+    )
+
+    teacher_eos_token_ids: list[int] | None = option(
+        None,
+        "Those of a teacher with another tokenizer. Default: its generation config's.",
+        nargs="+",
+    )
+    alignment: Literal["start", "span"] = option(
+        "start",
+        "Two tokenizers: compare where the tokens of both begin at one byte (start), or begin and "
+        "end there (span).",
+    )
+    vocab_projection: Literal["project", "exact"] = option(
+        "project",
+        "Two tokenizers: a teacher's token counts for the first student token of its text "
+        "(project), or only for one of the same text (exact).",
+    )
+    loss_estimator: Literal["full", "sampled"] = option(
+        "full",
+        "Reverse KL over the vocabulary (full), or estimated from the sampled tokens alone, as a "
+        "policy gradient (sampled).",
     )
 
     max_steps: int = option(200, "Optimizer steps.")

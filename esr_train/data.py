@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Prompts:
     train, eval: lists of token ids. grade: (index of the eval prompt, response text) -> right or
     wrong, or None where the data has no answers. num_dropped: prompts that are empty or too long
     for the context. num_truncated: too long ones that were cut instead. num_repeated: prompts that
-    were there before.
+    were there before. templated: they end where a chat's answer begins.
+    teacher_ids: a prompt as a teacher with another tokenizer reads it, by the student's ids.
     """
 
     train: list[list[int]]
@@ -37,36 +39,58 @@ class Prompts:
     num_dropped: int = 0
     num_truncated: int = 0
     num_repeated: int = 0
+    templated: bool = False
+    teacher_ids: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
 
-def load_prompts(config: TrainConfig, vocabulary: Vocabulary, max_prompt_tokens: int) -> Prompts:
-    """The prompts that `config` names. Raises UserError where none are left to train on."""
-    tokenizer = vocabulary.tokenizer
+def load_prompts(
+    config: TrainConfig,
+    vocabulary: Vocabulary,
+    max_prompt_tokens: int,
+    max_teacher_prompt_tokens: int = sys.maxsize,
+) -> Prompts:
+    """The prompts that `config` names, of so many tokens at most.
+
+    Raises UserError where none are left to train on.
+    """
+    tokenizer, teacher = vocabulary.tokenizer, vocabulary.teacher
     if config.dataset_name is None:
         # Another seed than the corpus the two models were made from; the test split is disjoint.
         train = demo_task.make_problems("train", DEMO_TRAIN_PROMPTS, seed=config.seed + 1)
         held_out = demo_task.make_problems("test", config.num_eval_prompts)
+        texts = [problem.prompt for problem in (*train, *held_out)]
+        encoded = encode_prompts(texts, tokenizer, False)
         return Prompts(
-            train=encode_prompts([problem.prompt for problem in train], tokenizer, None),
-            eval=encode_prompts([problem.prompt for problem in held_out], tokenizer, None),
+            train=encoded[: len(train)],
+            eval=encoded[len(train) :],
             grade=lambda index, text: demo_task.grade(text, held_out[index].answer),
+            teacher_ids=_teacher_ids(texts, encoded, teacher, templated=False),
         )
 
-    encoded = encode_prompts(read_prompts(config), tokenizer, config.apply_chat_template)
-    for number, ids in enumerate(encoded, 1):
-        if max(ids, default=0) >= vocabulary.size:
-            token = tokenizer.convert_ids_to_tokens(max(ids))
-            raise UserError(
-                f"dataset_name {config.dataset_name}, prompt {number}: {token!r} is id {max(ids)}, "
-                f"past the {vocabulary.size} ids that both models have"
-            )
+    rows = read_prompts(config)
+    templated = is_templated(rows, tokenizer, config.apply_chat_template)
+    encoded = encode_prompts(rows, tokenizer, templated)
+    _check_ids(config, encoded, vocabulary)
+    teacher_ids = _teacher_ids(rows, encoded, teacher, templated)
+    if teacher:
+        _check_ids(config, list(teacher_ids.values()), teacher)
     num_truncated = 0
     if config.long_prompts == "truncate":
+        if teacher:
+            raise UserError(
+                "long_prompts truncate cuts at a token, and the teacher's tokenizer has others: "
+                "use long_prompts drop, or shorten the prompts"
+            )
         num_truncated = sum(len(ids) > max_prompt_tokens for ids in encoded)
         encoded = [ids[-max_prompt_tokens:] for ids in encoded]
     # Once each: a repeated prompt would be trained on and held out.
     different = list(dict.fromkeys(map(tuple, encoded)))
-    kept = [list(ids) for ids in different if 0 < len(ids) <= max_prompt_tokens]
+    kept = [
+        list(ids)
+        for ids in different
+        if 0 < len(ids) <= max_prompt_tokens
+        and 0 < len(teacher_ids.get(ids, ids)) <= max_teacher_prompt_tokens
+    ]
     if not kept:
         raise UserError(
             f"dataset_name {config.dataset_name}: each of its {len(encoded)} prompts is empty or "
@@ -83,7 +107,28 @@ def load_prompts(config: TrainConfig, vocabulary: Vocabulary, max_prompt_tokens:
         num_dropped=len(different) - len(kept),
         num_truncated=num_truncated,
         num_repeated=len(encoded) - len(different),
+        templated=templated,
+        teacher_ids=teacher_ids,
     )
+
+
+def _check_ids(config: TrainConfig, encoded: list[list[int]], vocabulary: Vocabulary) -> None:
+    for number, ids in enumerate(encoded, 1):
+        if max(ids, default=0) >= vocabulary.size:
+            token = vocabulary.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"dataset_name {config.dataset_name}, prompt {number}: {token!r} is id {max(ids)}, "
+                f"past the {vocabulary.size} ids that count"
+            )
+
+
+def _teacher_ids(
+    prompts: list[Any], encoded: list[list[int]], teacher: Vocabulary | None, templated: bool
+) -> dict[tuple[int, ...], list[int]]:
+    if teacher is None:
+        return {}
+    ids = encode_prompts(prompts, teacher.tokenizer, templated, "teacher")
+    return {tuple(own): other for own, other in zip(encoded, ids, strict=True)}
 
 
 def read_prompts(config: TrainConfig) -> list[Any]:
@@ -154,21 +199,32 @@ def _missing_column(column: str, columns: list[str]) -> str:
     return f"no column {column}; it has {', '.join(columns) or 'none'} (set prompt_column)"
 
 
+def is_templated(prompts: list[Any], tokenizer: Any, apply_chat_template: bool | None) -> bool:
+    """Whether prompts, all strings or all lists of messages, go through a chat template."""
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        return True
+    return bool(tokenizer.chat_template if apply_chat_template is None else apply_chat_template)
+
+
 def encode_prompts(
-    prompts: list[Any], tokenizer: Any, apply_chat_template: bool | None
+    prompts: list[Any], tokenizer: Any, templated: bool, role: str = "student"
 ) -> list[list[int]]:
-    """Token ids of the prompts, all strings or all lists of messages, ready for an answer."""
-    template = tokenizer.chat_template
-    if all(isinstance(prompt, str) for prompt in prompts):
-        if not (template if apply_chat_template is None else apply_chat_template):
-            return _tokenize(prompts, tokenizer, add_special_tokens=True)
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    if not template:
+    """Token ids of the prompts, all strings or all lists of messages, ready for an answer.
+
+    role: whose tokenizer it is, for messages.
+    """
+    if not templated:
+        return _tokenize(prompts, tokenizer, add_special_tokens=True)
+    if not tokenizer.chat_template:
         raise UserError(
-            "the student's tokenizer has no chat template, which prompts made of messages need: "
+            f"the {role}'s tokenizer has no chat template, which prompts made of messages need: "
             "use string prompts with apply_chat_template false, or add a chat_template.jinja to "
             "the model's folder"
         )
+    prompts = [
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
     texts = []
     for number, messages in enumerate(prompts, 1):
         try:

@@ -13,7 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from esr_kernels import LMHead, RolloutBatch, gather_rows, linear_reverse_kl, rollout_batch
+from esr_kernels import (
+    LMHead,
+    RolloutBatch,
+    TokenStats,
+    gather_rows,
+    linear_reverse_kl,
+    rollout_batch,
+)
 from esr_train.align import Vocabulary
 from esr_train.attention import (
     PackedLayout,
@@ -24,9 +31,11 @@ from esr_train.attention import (
     same_states,
     takes_layouts,
 )
+from esr_train.bridge import Bridge, Rollout
 from esr_train.checkpoint import unreadable
 from esr_train.config import TrainConfig
 from esr_train.errors import UserError, first_line, loading_error
+from esr_train.estimators import sampled_reverse_kl, target_log_probs
 
 # Relative change of a sequence's states when another one changes: none, but for an expert's rows
 # in another order.
@@ -133,11 +142,11 @@ def transformer(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def lm_head(model: Any, dtype: torch.dtype) -> LMHead:
-    """The model's LM head in `dtype`, differentiable where it trains."""
+def lm_head(model: Any, dtype: torch.dtype, vocab_size: int) -> LMHead:
+    """The first rows of the model's LM head, in `dtype`, differentiable where it trains."""
     head = LMHead.from_model(model)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return replace(head, weight=head.weight.to(dtype), bias=bias)
+    bias = None if head.bias is None else head.bias[:vocab_size].to(dtype)
+    return replace(head, weight=head.weight[:vocab_size].to(dtype), bias=bias)
 
 
 @torch.no_grad()
@@ -233,6 +242,7 @@ class Pair:
     """Student and teacher, ready to be compared on the student's own rollouts.
 
     student: what is trained and saved, a PeftModel or the Transformers model itself.
+    bridge: to a teacher with another tokenizer; None of one.
     """
 
     student: Any
@@ -240,56 +250,84 @@ class Pair:
     vocabulary: Vocabulary
     dtype: torch.dtype
     device: torch.device
+    bridge: Bridge | None = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
 
-    def response_states(self, model: Any, batch: RolloutBatch) -> Tensor:
+    def read(self, batch: RolloutBatch) -> Rollout:
+        """What the student wrote, as the teacher reads it."""
+        return self.bridge.read(batch) if self.bridge else Rollout(batch, batch)
+
+    def response_states(
+        self, model: Any, batch: RolloutBatch, rows: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states [n, D] of the rows that predict a response token; no logits.
 
+        rows: of these, all by default.
         Packed where the model can (`enable_packing`), else padded: the same to rounding.
         """
         core = transformer(model)
         with self.autocast():
             if takes_layouts(core):
-                states = gather_rows(
-                    _hidden_states(core, batch, PackedLayout(batch)), batch.loss_rows
-                )
+                hidden = _hidden_states(core, batch, PackedLayout(batch))
+                loss_rows = batch.loss_rows
             else:
-                padded = batch.padded(self.vocabulary.pad_token_id)
+                padded = batch.padded()
                 output = core.get_decoder()(
                     input_ids=padded.input_ids,
                     attention_mask=padded.attention_mask.long(),
                     position_ids=padded.position_ids,
                     use_cache=False,
                 )
-                states = gather_rows(output.last_hidden_state, padded.loss_rows)
+                hidden, loss_rows = output.last_hidden_state, padded.loss_rows
+            states = gather_rows(hidden, loss_rows if rows is None else loss_rows[rows])
         return states.to(self.dtype)
 
     @torch.inference_mode()
-    def score(self, batch: RolloutBatch) -> Tensor:
-        """The teacher's hidden states [n, Dt] on the student's tokens; nothing else is kept."""
-        return self.response_states(self.teacher, batch)
+    def score(self, rollout: Rollout) -> Tensor:
+        """The teacher's hidden states on its reading of the response; nothing else is kept."""
+        return self.response_states(self.teacher, rollout.teacher)
 
     def reverse_kl(
-        self,
-        batch: RolloutBatch,
-        teacher_states: Tensor,
-        *,
-        reduction: str = "mean",
-        normalizer: Tensor | None = None,
-    ) -> Tensor:
-        """KL(student || teacher) over the response rows, differentiable in the student."""
+        self, rollout: Rollout, teacher_states: Tensor, **words: Any
+    ) -> tuple[Tensor, TokenStats | None]:
+        """KL(student || teacher) of the compared rows, differentiable in the student.
+
+        words: of `linear_reverse_kl`. The statistics are of two tokenizers only.
+        """
+        heads, aligned = self._heads(), rollout.aligned
+        if self.bridge is None or aligned is None:
+            states = self.response_states(self.student, rollout.student)
+            kl: Tensor = linear_reverse_kl(states, heads[0], teacher_states, heads[1], **words)
+            return kl, None
         return linear_reverse_kl(
-            self.response_states(self.student, batch),
-            lm_head(self.student, self.dtype),
-            teacher_states,
-            lm_head(self.teacher, self.dtype),
-            vocab_size=self.vocabulary.size,
-            reduction=reduction,
-            normalizer=normalizer,
+            self.response_states(self.student, rollout.student, aligned.student_rows),
+            heads[0],
+            teacher_states[aligned.teacher_rows],
+            heads[1],
+            vocab_map=self.bridge.vocab_map,
+            return_stats=True,
+            **words,
+        )
+
+    def sampled_reverse_kl(self, rollout: Rollout, teacher_states: Tensor) -> Tensor:
+        """[k] estimates of it from the tokens that were written, with their policy gradient."""
+        student_states = self.response_states(self.student, rollout.student)
+        heads = self._heads()
+        with torch.no_grad():
+            reference = target_log_probs(teacher_states, heads[1], rollout.teacher.targets)
+        own = target_log_probs(student_states, heads[0], rollout.student.targets)
+        return sampled_reverse_kl(own, reference, rollout.spans())
+
+    def _heads(self) -> tuple[LMHead, LMHead]:
+        """Of student and teacher; no row that either's tokenizer has no token for."""
+        teacher_size = (self.vocabulary.teacher or self.vocabulary).size
+        return (
+            lm_head(self.student, self.dtype, self.vocabulary.size),
+            lm_head(self.teacher, self.dtype, teacher_size),
         )
 
 
@@ -298,6 +336,7 @@ def load_pair(
     vocabulary: Vocabulary,
     device: torch.device,
     checkpoint: Path | None = None,
+    bridge: Bridge | None = None,
 ) -> Pair:
     """Both models. Raises UserError where the fused loss would not see their logits."""
     student = load_student(config, device, checkpoint)
@@ -307,4 +346,4 @@ def load_pair(
     for role, model in (("student", student), ("teacher", teacher)):
         if reason := enable_packing(model):
             warnings.warn(f"the {role} reads padded batches: {reason}", stacklevel=2)
-    return Pair(student, teacher, vocabulary, compute_dtype(config, device), device)
+    return Pair(student, teacher, vocabulary, compute_dtype(config, device), device, bridge)

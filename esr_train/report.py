@@ -29,6 +29,13 @@ from esr_train.models import Pair
 from esr_train.rollout import Engine
 
 RESULTS_FILE = "results.json"
+# Of two tokenizers, by `Coverage`'s names.
+COVERAGE_LABELS = {
+    "compared": "tokens compared",
+    "own_spelling": "tokens as its own tokenizer cuts",
+    "student_mass": "student's probability in the map",
+    "teacher_mass": "teacher's probability in the map",
+}
 
 
 def say(text: str) -> None:
@@ -59,7 +66,9 @@ class StepBar:
         if record["step"] % self.every == 0:
             spent = {name: phase["seconds"] for name, phase in record["phases"].items()}
             total = sum(spent.values())
-            shares = [f"{name.split('_')[1]} {spent[name] / total:.0%}" for name in PHASES]
+            shares = [f"{name.split('_')[1]} {spent.get(name, 0) / total:.0%}" for name in PHASES]
+            if "coverage" in record:
+                shares.insert(0, f"compared {record['coverage']['compared']:.0%}")
             self.bar.set_postfix_str(
                 f"loss {record['loss']:.4f} nats/token, "
                 f"KL {record['kl_per_response']:.2f} nats/response, "
@@ -94,6 +103,11 @@ def announce(run: Path, config: TrainConfig, pair: Pair, prompts: Prompts, first
         f"  {len(prompts.train):,} training prompts, {len(prompts.eval):,} held out; "
         f"run folder {run}"
     )
+    if pair.bridge:
+        say(
+            f"  two tokenizers ({pair.vocabulary.difference}): {config.alignment}-aligned tokens "
+            f"are compared, vocabularies by {config.vocab_projection}"
+        )
     if prompts.num_truncated:
         say(
             f"  warning: cut {prompts.num_truncated:,} prompts on the left, too long for the "
@@ -217,6 +231,10 @@ def print_results(results: dict[str, Any]) -> None:
             table.add_row("KL beyond, nats/token", *beyond)
         lengths = [f"{row['mean_response_tokens']:.0f}" for row in (before, after)]
         table.add_row("response length, tokens", *lengths)
+        for name, label in COVERAGE_LABELS.items():
+            if before["coverage"] and name in before["coverage"]:
+                shares = [f"{row['coverage'][name]:.1%}" for row in (before, after)]
+                table.add_row(label, *shares)
         show(table)
     memory = results["peak_memory"]
     table = markdown_table(

@@ -20,6 +20,7 @@ from transformers import get_scheduler
 
 from esr_kernels import RolloutBatch, rollout_batch
 from esr_train.align import Vocabulary, load_vocabulary
+from esr_train.bridge import Coverage, coverage_error, make_bridge
 from esr_train.checkpoint import (
     check_new_run_folder,
     held_run_folder,
@@ -65,11 +66,15 @@ def train(
         else:
             check_new_run_folder(run)
         vocabulary = load_vocabulary(config)
-        prompts = load_prompts(config, vocabulary, max_prompt_tokens(config, vocabulary))
+        sides = [side for side in (vocabulary, vocabulary.teacher) if side]
+        limits = [max_prompt_tokens(config, side) for side in sides]
+        prompts = load_prompts(config, vocabulary, *limits)
+        device = pick_device()
+        bridge = make_bridge(config, vocabulary, prompts, device)
 
         checkpoint = latest_checkpoint(run) if resume else None
         torch.manual_seed(config.seed)
-        pair = load_pair(config, vocabulary, pick_device(), checkpoint)
+        pair = load_pair(config, vocabulary, device, checkpoint, bridge)
         optimizer, scheduler = make_optimizer(config, pair)
         first_step = load_state(checkpoint, optimizer, scheduler) if checkpoint else 0
         if resume:
@@ -111,9 +116,12 @@ def _train(
                 profile.step()
             log.append(record)
             bar.advance(record)
-            if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
+            too_low = coverage_error(log.records)
+            if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps or too_low:
                 tokenizer = pair.vocabulary.tokenizer
                 save_checkpoint(run, step + 1, pair.student, tokenizer, optimizer, scheduler)
+            if too_low:
+                raise UserError(too_low)
     after = evaluate_with_bar("after", pair, engine, prompts, config)
 
     results = final_results(config, log.records, before, after, meter)
@@ -143,18 +151,30 @@ def train_step(
             generate(pair, engine, batch, config.max_new_tokens)
             for batch in step_batches(step, config, prompts)
         ]
-    num_tokens = sum(len(rollout.targets) for rollout in rollouts)
-    normalizer = torch.full((), num_tokens, device=pair.device)
+    with phase("teacher_scoring"):
+        read = [pair.read(rollout) for rollout in rollouts]
+    # The mean is over the compared tokens of the whole step, not of a batch.
+    num_compared = sum(rollout.num_compared for rollout in read)
+    normalizer = torch.full((), num_compared, device=pair.device)
+    coverage = Coverage()
 
     loss = torch.zeros((), device=pair.device)
-    for rollout in rollouts:
+    for rollout in read:
+        if rollout.num_compared == 0:
+            say(f"step {step + 1}: no token of a batch is aligned, so it adds nothing")
+            coverage.add(rollout, None)
+            continue
         with phase("teacher_scoring"):
             teacher_states = pair.score(rollout)
         with phase("student_training"):
-            # The mean is over the response tokens of the whole step, not of this batch.
-            batch_loss = pair.reverse_kl(rollout, teacher_states, normalizer=normalizer)
+            if config.loss_estimator == "sampled":
+                estimates = pair.sampled_reverse_kl(rollout, teacher_states)
+                batch_loss, stats = estimates.sum() / normalizer, None
+            else:
+                batch_loss, stats = pair.reverse_kl(rollout, teacher_states, normalizer=normalizer)
             batch_loss.backward()
             loss += batch_loss.detach()
+            coverage.add(rollout, stats)
     with phase("student_training"):
         max_norm = config.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(pair.student.parameters(), max_norm)
@@ -169,11 +189,12 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
 
     seconds = time.perf_counter() - start
+    num_tokens = sum(len(rollout.targets) for rollout in rollouts)
     num_responses = sum(len(rollout.response_lengths) for rollout in rollouts)
-    return {
+    record = {
         "step": step + 1,
         "loss": loss.item(),
-        "kl_per_response": loss.item() * num_tokens / num_responses,
+        "kl_per_response": loss.item() * num_compared / num_responses,
         "grad_norm": grad_norm.item(),
         "learning_rate": learning_rate,
         "response_tokens": num_tokens,
@@ -181,6 +202,7 @@ def train_step(
         "seconds": seconds,
         "phases": phase.take(),
     }
+    return record if pair.bridge is None else record | {"coverage": coverage.shares()}
 
 
 def step_batches(step: int, config: TrainConfig, prompts: Prompts) -> list[list[list[int]]]:
@@ -253,7 +275,7 @@ def make_optimizer(config: TrainConfig, pair: Pair) -> tuple[torch.optim.Optimiz
 
 
 def max_prompt_tokens(config: TrainConfig, vocabulary: Vocabulary) -> int:
-    """Tokens that a prompt may have so that prompt and response fit the context of both models."""
+    """Tokens that a prompt may have so that prompt and response fit the vocabulary's context."""
     if vocabulary.context_length is None:
         return sys.maxsize
     evaluates = config.num_eval_prompts > 0
@@ -263,7 +285,7 @@ def max_prompt_tokens(config: TrainConfig, vocabulary: Vocabulary) -> int:
         cutoff = not evaluates and config.rollout_tokens > 0
         name = "rollout_tokens" if cutoff else "max_completion_length"
         raise UserError(
-            f"{name} is {longest}, but the two models have a context of "
+            f"{name} is {longest}, but student or teacher has a context of "
             f"{vocabulary.context_length} tokens: lower {name}"
         )
     return vocabulary.context_length - longest

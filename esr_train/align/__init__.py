@@ -4,9 +4,9 @@ from esr_train.align.aligner import Aligner, Alignment
 from esr_train.align.byte_tokenizer import ByteTokenizer
 from esr_train.align.vocabulary import (
     Vocabulary,
-    common_vocab_size,
     load_eos_token_ids,
     load_vocabulary,
+    tokenizer_difference,
 )
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Alignment",
     "ByteTokenizer",
     "Vocabulary",
-    "common_vocab_size",
     "load_eos_token_ids",
     "load_vocabulary",
+    "tokenizer_difference",
 ]

@@ -9,8 +9,9 @@ moves: text that changes on the way loses its own positions only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,48 @@ class Alignment:
     student_stops: Tensor
     teacher_stops: Tensor
     num_student_tokens: int
+
+    def cut(self, num_tokens: int) -> Alignment:
+        """With no more than so many teacher tokens a row; positions past them are lost."""
+        ids = self.teacher_response_ids
+        width = ids.shape[1]
+        if width <= num_tokens:
+            return self
+        # A row's length is up to its EOS, which closes the longest row and fills up the others.
+        eos = ids[:, -1:]
+        lengths = (ids == eos).int().argmax(dim=1) + 1
+        sequences = torch.repeat_interleave(torch.arange(len(ids)), lengths)[self.teacher_rows]
+        kept_lengths = lengths.clamp(max=num_tokens)
+        first = (lengths.cumsum(0) - lengths)[sequences]
+        new_first = (kept_lengths.cumsum(0) - kept_lengths)[sequences]
+        kept = self.teacher_rows - first < num_tokens
+        whole = (self.teacher_stops >= 0) & (self.teacher_stops - first <= num_tokens)
+        moved = new_first - first
+        cut = replace(
+            self,
+            teacher_response_ids=ids[:, :num_tokens],
+            teacher_rows=self.teacher_rows + moved,
+            student_stops=self.student_stops.where(whole, LOST),
+            teacher_stops=(self.teacher_stops + moved).where(whole, LOST),
+        )
+        return cut.select(kept)
+
+    def select(self, kept: Tensor) -> Alignment:
+        """The aligned positions where `kept` [m] bool holds."""
+        return self._each(lambda rows: rows[kept])
+
+    def to(self, device: torch.device) -> Alignment:
+        """With the positions on another device; the teacher's ids stay."""
+        return self._each(lambda rows: rows.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Alignment:
+        return replace(
+            self,
+            student_rows=change(self.student_rows),
+            teacher_rows=change(self.teacher_rows),
+            student_stops=change(self.student_stops),
+            teacher_stops=change(self.teacher_stops),
+        )
 
     @property
     def span_aligned(self) -> Tensor:
@@ -88,6 +131,12 @@ class Aligner:
         self.student_eos_token_ids = tuple(student_eos_token_ids)
         self.teacher_eos_token_ids = tuple(teacher_eos_token_ids)
         self.starts_text = starts_text
+
+    def own(self) -> Aligner:
+        """The student's tokenizer against itself: how much of a response is spelled as it would."""
+        own = copy.copy(self)
+        own.teacher, own.teacher_eos_token_ids = self.student, self.student_eos_token_ids
+        return own
 
     def align(self, response_ids: Sequence[Sequence[int]]) -> Alignment:
         """Align responses, token ids up to and with EOS, or cut before one.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from esr_kernels import RolloutBatch, rollout_batch
+from esr_train.bridge import Coverage
 from esr_train.config import TrainConfig
 from esr_train.data import Prompts, pad_left
 from esr_train.models import Pair
@@ -23,7 +24,8 @@ class Evaluation:
     """avg@k with its 95 % interval (None without a grader), and the KL profile.
 
     kl_by_position[t]: mean reverse KL, nats a token, of the t-th response token over the
-    tokens_by_position[t] responses that reach it.
+    tokens_by_position[t] responses that reach it; with two tokenizers, and of coverage's masses,
+    over the compared tokens alone. coverage: shares by name; None of one tokenizer.
     """
 
     score: float | None
@@ -34,6 +36,7 @@ class Evaluation:
     kl_by_position: list[float]
     tokens_by_position: list[int]
     seconds: float
+    coverage: dict[str, float] | None = None
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Evaluation:
@@ -83,6 +86,7 @@ def evaluate(
     profile = torch.zeros(2, config.max_completion_length, dtype=torch.float64, device=pair.device)
     right = [0] * len(prompts.eval)
     num_tokens = 0
+    coverage = Coverage()
     work = [index for index in range(len(prompts.eval)) for _ in range(config.num_eval_samples)]
     with (
         _eval_mode(pair.student),
@@ -96,18 +100,23 @@ def evaluate(
                 [prompts.eval[i] for i in batch], vocabulary.pad_token_id, pair.device
             )
             responses = engine.generate(ids, mask, max_new_tokens=config.max_completion_length)
-            rollout = rollout_batch(ids, mask, responses, eos_token_ids=vocabulary.eos_token_ids)
-            kl = pair.reverse_kl(rollout, pair.score(rollout), reduction="none").double()
-            positions = rollout.response_positions
-            profile.index_add_(1, positions, torch.stack([kl, torch.ones_like(kl)]))
-            num_tokens += len(positions)
+            written = rollout_batch(ids, mask, responses, eos_token_ids=vocabulary.eos_token_ids)
+            rollout = pair.read(written)
+            kl, stats = pair.reverse_kl(rollout, pair.score(rollout), reduction="none")
+            positions = written.response_positions
+            if rollout.aligned:
+                positions = positions[rollout.aligned.student_rows]
+            profile.index_add_(1, positions, torch.stack([kl, torch.ones_like(kl)]).double())
+            coverage.add(rollout, stats)
+            num_tokens += len(written.targets)
             if prompts.grade:
-                for index, text in zip(batch, _texts(rollout, vocabulary.tokenizer), strict=True):
+                for index, text in zip(batch, _texts(written, vocabulary.tokenizer), strict=True):
                     right[index] += prompts.grade(index, text)
             progress(len(batch))
         engine.release()
 
-    kl_sum, tokens = profile[:, profile[1] > 0]
+    reached = int((profile[1] > 0).nonzero().max()) + 1 if profile[1].any() else 0
+    kl_sum, tokens = profile[:, :reached]
     means = [count / config.num_eval_samples for count in right]
     return Evaluation(
         score=sum(means) / len(means) if prompts.grade else None,
@@ -115,9 +124,10 @@ def evaluate(
         num_prompts=len(prompts.eval),
         num_samples=config.num_eval_samples,
         mean_response_tokens=num_tokens / len(work),
-        kl_by_position=(kl_sum / tokens).tolist(),
+        kl_by_position=(kl_sum / tokens.clamp(min=1)).tolist(),
         tokens_by_position=tokens.long().tolist(),
         seconds=time.perf_counter() - start,
+        coverage=coverage.shares() if pair.bridge else None,
     )
 
 

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from tiny_models import make_tokenizer
 
 from esr_train.align import Vocabulary
-from esr_train.data import encode_prompts, load_prompts, pad_left, prompt_order, read_prompts
+from esr_train.data import (
+    encode_prompts,
+    is_templated,
+    load_prompts,
+    pad_left,
+    prompt_order,
+    read_prompts,
+)
 from esr_train.errors import UserError
 
 VOCABULARY = Vocabulary(make_tokenizer(), 300, (2,), 0, None)
@@ -71,17 +78,20 @@ def test_chat_template():
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     messages = [{"role": "user", "content": "Hi"}]
     plain, templated = tokenizer(["Hi"])["input_ids"], tokenizer([text])["input_ids"]
-    assert encode_prompts(["Hi"], tokenizer, None) == templated
-    assert encode_prompts([messages], tokenizer, None) == templated
+    assert is_templated(["Hi"], tokenizer, None)
+    assert not is_templated(["Hi"], tokenizer, False)
+    assert is_templated([messages], tokenizer, False)
+    assert encode_prompts(["Hi"], tokenizer, True) == templated
+    assert encode_prompts([messages], tokenizer, True) == templated
     assert encode_prompts(["Hi"], tokenizer, False) == plain
     with pytest.raises(UserError, match="prompt 2: the chat template refused it"):
-        encode_prompts([messages, [{"role": "user"}, 5]], tokenizer, None)
+        encode_prompts([messages, [{"role": "user"}, 5]], tokenizer, True)
     tokenizer.chat_template = None
-    assert encode_prompts(["Hi"], tokenizer, None) == plain
-    with pytest.raises(UserError, match="has no chat template"):
-        encode_prompts([messages], tokenizer, None)
-    with pytest.raises(UserError, match="has no chat template"):
-        encode_prompts(["Hi"], tokenizer, True)
+    assert not is_templated(["Hi"], tokenizer, None)
+    with pytest.raises(UserError, match="the student's tokenizer has no chat template"):
+        encode_prompts([messages], tokenizer, True)
+    with pytest.raises(UserError, match="the teacher's tokenizer has no chat template"):
+        encode_prompts(["Hi"], tokenizer, True, "teacher")
 
 
 def test_too_long_and_empty_prompts_are_dropped_and_counted(config, tmp_path):

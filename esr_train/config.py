@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from esr_train.demo import DEMO_DIR
+from esr_train.demo import DEMO_DIR, pieces_teacher_path, student_path, teacher_path
 from esr_train.errors import UserError
 
 Schedule = Literal[
@@ -340,11 +340,11 @@ def demo_words(name: str) -> list[str]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in DEMO_DIR.glob("*.yaml")))
         raise UserError(f"demo must be one of: {known}; got {name}")
-    models = DEMO_DIR / "models"
+    teacher = pieces_teacher_path() if name == "cross-tokenizer" else teacher_path()
     return [
         f"--demo={name}",
-        f"--model_name_or_path={models / 'student'}",
-        f"--teacher_model_name_or_path={models / 'teacher'}",
+        f"--model_name_or_path={student_path()}",
+        f"--teacher_model_name_or_path={teacher}",
         *yaml_words(path),
     ]
 

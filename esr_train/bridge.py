@@ -54,7 +54,7 @@ class Rollout:
 class Bridge:
     """From a student to a teacher with another tokenizer.
 
-    vocab_map: [teacher's rows] int64, for `linear_reverse_kl`.
+    vocab_map, student_map: for `linear_reverse_kl`.
     """
 
     def __init__(
@@ -81,7 +81,9 @@ class Bridge:
         )
         self._own = self.aligner.own()
         rows = {"student_rows": vocabulary.size, "teacher_rows": self.teacher.size}
-        self.vocab_map = self.aligner.vocab_map(config.vocab_projection, **rows).to(device)
+        vocab_map, student_map = self.aligner.vocab_maps(config.vocab_projection, **rows)
+        self.vocab_map = vocab_map.to(device)
+        self.student_map = None if student_map is None else student_map.to(device)
 
     def read(self, batch: RolloutBatch) -> Rollout:
         """The student's batch as the teacher reads it: its prompts, and its spelling of the text.

@@ -101,10 +101,10 @@ class TrainConfig:
         "Two tokenizers: compare where the tokens of both begin at one byte (start), or begin and "
         "end there (span).",
     )
-    vocab_projection: Literal["project", "exact"] = option(
-        "project",
-        "Two tokenizers: a teacher's token counts for the first student token of its text "
-        "(project), or only for one of the same text (exact).",
+    vocab_projection: Literal["merge", "project", "exact"] = option(
+        "merge",
+        "Two tokenizers: tokens whose texts begin alike count for one (merge), a teacher's token "
+        "counts for the first student token of its text (project), or for the same text (exact).",
     )
     loss_estimator: Literal["full", "sampled"] = option(
         "full",

@@ -309,6 +309,7 @@ class Pair:
             teacher_states[aligned.teacher_rows],
             heads[1],
             vocab_map=self.bridge.vocab_map,
+            student_map=self.bridge.student_map,
             return_stats=True,
             **words,
         )

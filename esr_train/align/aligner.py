@@ -200,28 +200,43 @@ class Aligner:
             num_student_tokens=len(student.ids),
         )
 
-    def vocab_map(self, projection: str, *, student_rows: int, teacher_rows: int) -> Tensor:
-        """[teacher_rows] int64, for `linear_reverse_kl`: the student id that each teacher id counts
-        for, -1 for none.
+    def vocab_maps(
+        self, projection: str, *, student_rows: int, teacher_rows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """`vocab_map` [teacher_rows] and `student_map` [student_rows] of `linear_reverse_kl`, int64.
 
-        projection: "exact" maps an id to the one of the same bytes; "project" to the first token
-        that the student writes these bytes with, so several may count for one. EOS counts for EOS.
+        The student id that each id counts for, -1 for none; None: each student id for itself.
+
+        projection: "merge": ids whose texts begin alike count for one (" times", and " tim" of a
+        teacher who writes " tim|es"). "project": a teacher's id counts for the first token that the
+        student writes its bytes with. "exact": for the id of the same bytes. EOS counts for EOS.
         student_rows, teacher_rows: of the LM heads. Cached on disk by the tokenizers' contents.
         Raises UserError if no text is shared.
         """
-        text_map = project_vocabulary(self.student, self.teacher, projection)
-        found = torch.full((teacher_rows,), -1, dtype=torch.int64)
-        count = min(len(text_map), teacher_rows)
-        found[:count] = torch.from_numpy(text_map[:count])
-        found[found >= student_rows] = -1
-        if not (found >= 0).any():
+        of_teacher, of_student = project_vocabulary(self.student, self.teacher, projection)
+        eos = self.student_eos_token_ids[0]
+        vocab_map = _fitted(of_teacher, teacher_rows, student_rows)
+        if not (vocab_map >= 0).any():
             raise UserError(
                 "student and teacher share no token, so nothing can be distilled between them: "
                 "choose another pair"
             )
-        # One student EOS takes the mass of all the teacher's.
-        found[list(self.teacher_eos_token_ids)] = self.student_eos_token_ids[0]
-        return found
+        # One student EOS takes the mass of all.
+        vocab_map[list(self.teacher_eos_token_ids)] = eos
+        if of_student is None:
+            return vocab_map, None
+        student_map = _fitted(of_student, student_rows, student_rows)
+        student_map[list(self.student_eos_token_ids)] = eos
+        return vocab_map, student_map
+
+
+def _fitted(ids: np.ndarray, num_rows: int, limit: int) -> Tensor:
+    """[num_rows]: `ids`, and -1 past them; -1 too for those from `limit` on."""
+    found = torch.full((num_rows,), -1, dtype=torch.int64)
+    count = min(len(ids), num_rows)
+    found[:count] = torch.from_numpy(ids[:count])
+    found[found >= limit] = -1
+    return found
 
 
 def _stops(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from esr_train.align.aligner import Aligner
@@ -90,11 +91,20 @@ def report(aligner: Aligner, text: str) -> list[str]:
         f"start-aligned: {_share(starts, len(ids))} student tokens",
         f"span-aligned:  {_share(spans, len(ids))} student tokens",
     ]
-    pieces = sum(map(bool, aligner.teacher.token_bytes))
+    pieces = [sum(map(bool, side.token_bytes)) for side in (aligner.student, aligner.teacher)]
     for projection in PROJECTIONS:
-        mapped = (project_vocabulary(aligner.student, aligner.teacher, projection) >= 0).sum()
+        of_teacher, of_student = project_vocabulary(aligner.student, aligner.teacher, projection)
+        reached = of_teacher >= 0
+        if of_student is None:
+            counted = len(np.unique(of_teacher[reached]))
+        else:
+            counted = int(np.isin(of_student, of_teacher[reached]).sum())
+            reached &= np.isin(of_teacher, of_student)
         name = f"{projection}:".ljust(len("start-aligned:"))
-        lines.append(f"{name} {_share(int(mapped), pieces)} ids of the teacher have a student id")
+        lines.append(
+            f"{name} {_share(counted, pieces[0])} student ids and "
+            f"{_share(int(reached.sum()), pieces[1])} teacher ids count"
+        )
     lines += [
         "",
         f"{SAME} the same token   {OTHER_PIECES} the same text in other pieces, student <> teacher"

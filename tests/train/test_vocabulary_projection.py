@@ -33,7 +33,7 @@ def aligner(student: str, teacher: str, **words: Any) -> Aligner:
 
 def mapped(own: Aligner, projection: str) -> list[int]:
     sizes = len(own.student.token_bytes), len(own.teacher.token_bytes)
-    return own.vocab_map(projection, student_rows=sizes[0], teacher_rows=sizes[1]).tolist()
+    return own.vocab_maps(projection, student_rows=sizes[0], teacher_rows=sizes[1])[0].tolist()
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(NAMES, 2)))
@@ -95,14 +95,15 @@ def test_every_eos_counts_for_the_first_of_the_students() -> None:
 
 def test_the_map_fits_the_heads_and_the_kernel() -> None:
     own = aligner("gpt2", "qwen")
-    found = own.vocab_map("project", student_rows=700, teacher_rows=2050)
-    whole = own.vocab_map("project", student_rows=900, teacher_rows=2050)
+    found, student_map = own.vocab_maps("project", student_rows=700, teacher_rows=2050)
+    whole, _ = own.vocab_maps("project", student_rows=900, teacher_rows=2050)
+    assert student_map is None
     assert found.shape == (2050,)
     assert found.dtype == torch.int64
     assert found[2000:].eq(-1).all()
     assert found.max() < 700 <= whole.max()
     assert torch.equal(found, whole.where(whole < 700, -1))
-    shorter = own.vocab_map("project", student_rows=900, teacher_rows=1500)
+    shorter, _ = own.vocab_maps("project", student_rows=900, teacher_rows=1500)
     assert torch.equal(shorter, whole[:1500])
     states, heads = (
         [torch.randn(3, 4) for _ in range(2)],
@@ -120,6 +121,64 @@ def test_project_covers_what_exact_cannot() -> None:
     assert len(np.unique(projected)) < len(projected) / 2  # several count for one
 
 
+@pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(NAMES, 2)))
+def test_merged_ids_begin_alike(student: str, teacher: str) -> None:
+    """By the words of the contract, an id at a time."""
+    own = aligner(student, teacher)
+    sides = own.student, own.teacher
+    sizes = [len(side.token_bytes) for side in sides]
+    found = own.vocab_maps("merge", student_rows=sizes[0], teacher_rows=sizes[1])
+    vocab_map, student_map = (part.tolist() for part in found)
+    begins: dict[int, int] = {}  # the teacher's id that a student id begins with
+    for index, piece in enumerate(sides[0].token_bytes):
+        equal = sides[1].ids_of_bytes.get(piece)
+        first = equal if equal is not None else sides[1].first_ids([piece])[0] if piece else None
+        if first is not None:
+            begins[index] = first
+        elif index != EOS:
+            assert student_map[index] == -1
+    lowest: dict[int, int] = {}
+    for index, first in begins.items():
+        lowest.setdefault(first, index)
+    for index, first in begins.items():
+        assert student_map[index] == lowest[first]
+    for index, piece in enumerate(sides[1].token_bytes):
+        if index in lowest:
+            assert vocab_map[index] == lowest[index]
+        elif piece:
+            written = sides[0].first_ids([piece])[0]
+            assert vocab_map[index] == (-1 if written is None else student_map[written])
+        else:
+            assert vocab_map[index] == (EOS if index == EOS else -1)
+    assert vocab_map[EOS] == student_map[EOS] == EOS
+    if teacher != "unigram":  # which changes letters
+        reached = [index for index, piece in enumerate(sides[0].token_bytes) if piece]
+        counted = set(vocab_map)
+        assert sum(student_map[index] in counted for index in reached) > 0.99 * len(reached)
+
+
+def test_a_word_counts_for_the_piece_that_it_begins_with() -> None:
+    own = aligner("llama3", "mistral")
+    sizes = {side: len(getattr(own, side).token_bytes) for side in ("student", "teacher")}
+    vocab_map, student_map = own.vocab_maps(
+        "merge", student_rows=sizes["student"], teacher_rows=sizes["teacher"]
+    )
+    student, teacher = own.student, own.teacher
+    word = student.encode([" numbers"], False)[0]
+    pieces = teacher.encode([" numbers"], False)[0]
+    assert len(word) == 1 < len(pieces)
+    assert student_map[word[0]] == vocab_map[pieces[0]]
+    other = student.encode([" problem"], False)[0]
+    assert student_map[other[0]] != student_map[word[0]]
+
+
+def test_every_eos_of_either_counts_for_one_under_merge() -> None:
+    own = aligner("qwen", "gpt2", student_eos_token_ids=[1, 2], teacher_eos_token_ids=[2, 0])
+    vocab_map, student_map = own.vocab_maps("merge", student_rows=2000, teacher_rows=900)
+    assert vocab_map[[2, 0]].tolist() == student_map[[1, 2]].tolist() == [1, 1]
+    assert vocab_map[1] == student_map[0] == -1
+
+
 def test_nothing_shared_is_refused() -> None:
     def letters(text: str) -> Any:
         backend = Tokenizer(models.BPE({"</s>": 0, **{c: i for i, c in enumerate(text, 1)}}, []))
@@ -132,7 +191,7 @@ def test_nothing_shared_is_refused() -> None:
     )
     with pytest.raises(UserError, match="share no token.*choose another pair"):
         mapped(own, "exact")
-    with pytest.raises(ValueError, match="projection must be one of exact, project, got 'span'"):
+    with pytest.raises(ValueError, match="be one of exact, project, merge, got 'span'"):
         mapped(own, "span")
 
 

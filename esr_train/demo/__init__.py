@@ -1,4 +1,6 @@
-"""The embedded default: two tiny language models, the task they differ on, and how they were made.
+"""The embedded default: tiny language models, the task they differ on, and how they were made.
+
+A student and its teacher share one tokenizer; a second teacher, as good as the first, has another.
 
 The files under `models/` are what `python -m esr_train.demo.build` writes; nothing is downloaded.
 """
@@ -16,3 +18,8 @@ def student_path() -> Path:
 def teacher_path() -> Path:
     """Folder of the shipped teacher: same architecture and tokenizer as the student."""
     return DEMO_DIR / "models" / "teacher"
+
+
+def pieces_teacher_path() -> Path:
+    """Folder of a shipped teacher with another tokenizer than the student's."""
+    return DEMO_DIR / "models" / "teacher-pieces"

@@ -52,7 +52,7 @@ MUON_LR, ADAMW_LR = 0.02, 4e-3
 # The teacher's training starts from a trained model, so at a smaller learning rate.
 CAREFUL_LR_FACTOR = 0.5
 SAVED_DTYPE = torch.bfloat16
-LONGEST_RESPONSE = 340  # tokens; the careful writer needs up to 323 words with the end, 299 pieces
+LONGEST_RESPONSE = 340  # tokens; the careful writer needs up to 323 words with the end, 300 pieces
 IGNORED = -100  # the label cross_entropy leaves out
 
 Writer = Callable[[Problem, random.Random], str]

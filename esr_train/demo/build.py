@@ -1,9 +1,13 @@
-"""Make the demo's tokenizer, teacher and student from nothing: `python -m esr_train.demo.build`.
+"""Make the demo's tokenizers, teachers and student from nothing: `python -m esr_train.demo.build`.
 
-1. A tokenizer is trained on the task's text.
+1. A tokenizer is trained on the task's text: `words`, which the shipped student and its teacher
+   share, or with `--tokenizer pieces` another one.
 2. A model learns from both writers; the careful one is rarer the longer the chain. That is the
    student: it carries out its plans well and plans badly.
 3. The same weights go on with the careful writer alone. That is the teacher.
+
+The shipped teacher-pieces is the teacher of `--tokenizer pieces`: it is there to distil the shipped
+student across tokenizers.
 
 Training sees the train split only, the scores printed at the end are of the validation split. The
 same seed on the same machine, with the same number of threads, gives the same weights.
@@ -19,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,10 +41,8 @@ from esr_train.demo.task import (
     write_careful,
     write_hasty,
 )
+from esr_train.demo.tokenizer import MAX_POSITIONS, TOKENIZERS
 
-# More than the task needs: training stops at 240, when every word is one token.
-VOCAB_SIZE = 256
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 NUM_PROBLEMS = 20_000
 BATCH_SIZE = 16
 MIXED_STEPS, CAREFUL_STEPS = 1600, 400
@@ -50,9 +51,8 @@ CAREFUL_SHARE = {4: 0.6, 5: 0.4, 6: 0.2, 7: 0.1}
 MUON_LR, ADAMW_LR = 0.02, 4e-3
 # The teacher's training starts from a trained model, so at a smaller learning rate.
 CAREFUL_LR_FACTOR = 0.5
-MAX_POSITIONS = 512
 SAVED_DTYPE = torch.bfloat16
-LONGEST_RESPONSE = 340  # tokens; the careful writer needs up to 323 with the end token
+LONGEST_RESPONSE = 340  # tokens; the careful writer needs up to 323 words with the end, 300 pieces
 IGNORED = -100  # the label cross_entropy leaves out
 
 Writer = Callable[[Problem, random.Random], str]
@@ -60,23 +60,38 @@ Writer = Callable[[Problem, random.Random], str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=DEMO_DIR / "models")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="words")
+    parser.add_argument("--output", type=Path, help="default for words: the package's folder")
     parser.add_argument("--steps", type=int, help="at most this many steps a phase (for a trial)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace existing models")
     args = parser.parse_args()
+    if args.output is None and args.tokenizer != "words":
+        parser.error(f"--tokenizer {args.tokenizer} needs an --output")
+    output = args.output or DEMO_DIR / "models"
     began = time.perf_counter()
     try:
-        build(args.output, max_steps=args.steps, seed=args.seed, overwrite=args.overwrite)
+        build(
+            output,
+            tokenizer_kind=args.tokenizer,
+            max_steps=args.steps,
+            seed=args.seed,
+            overwrite=args.overwrite,
+        )
     except (FileExistsError, ValueError) as error:
         parser.error(str(error))
-    print(f"built {args.output} in {time.perf_counter() - began:.0f} s")
+    print(f"built {output} in {time.perf_counter() - began:.0f} s")
     for role in ("student", "teacher"):
-        report(args.output / role, make_problems("validation", 200))
+        report(output / role, make_problems("validation", 200))
 
 
 def build(
-    output: Path, *, max_steps: int | None = None, seed: int = 0, overwrite: bool = False
+    output: Path,
+    *,
+    tokenizer_kind: str = "words",
+    max_steps: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> None:
     """Write `output`/student and `output`/teacher: complete, or not at all."""
     taken = [path for role in ("student", "teacher") if (path := output / role).exists()]
@@ -91,7 +106,7 @@ def build(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     problems = make_problems("train", NUM_PROBLEMS, seed=seed)
-    tokenizer = train_tokenizer(
+    tokenizer = TOKENIZERS[tokenizer_kind](
         [problem.prompt for problem in problems[:2000]]
         + [write_careful(problem) for problem in problems[:2000]]
         + [write_hasty(problem, rng) for problem in problems[:2000]]
@@ -112,40 +127,6 @@ def build(
             path.rename(unfinished / f"old-{path.name}")
         for role in ("student", "teacher"):
             (unfinished / role).rename(output / role)
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer over printable ASCII: words with their space, single digits, newline.
-
-    A newline never merges with anything, so a prompt and its response tokenize the same together
-    and apart.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r" ?[A-Za-z]+| ?[0-9]|#+|\n| |[^A-Za-z0-9#\n ]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    byte_names = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    ascii_text = "\n" + "".join(map(chr, range(32, 127)))
-    alphabet = sorted(set(byte_names.pre_tokenize_str(ascii_text)[0][0]))
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        model_max_length=MAX_POSITIONS,
-    )
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

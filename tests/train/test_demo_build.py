@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from esr_train.demo import build, student_path, task, teacher_path
+from esr_train.align import Aligner, ByteTokenizer
+from esr_train.demo import build, pieces_teacher_path, student_path, task, teacher_path
 
 ROLES = {"student": student_path(), "teacher": teacher_path()}
+SHIPPED = {**ROLES, "teacher-pieces": pieces_teacher_path()}
 MODEL_FILES = {
     "config.json",
     "generation_config.json",
@@ -32,8 +35,18 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def words():
     return AutoTokenizer.from_pretrained(student_path())
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return AutoTokenizer.from_pretrained(pieces_teacher_path())
+
+
+@pytest.fixture(params=["words", "pieces"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
 
 
 def test_splits_are_disjoint_whatever_the_seeds():
@@ -142,7 +155,7 @@ def test_tokenizer_round_trips(tokenizer):
     rng = random.Random(0)
     for problem in task.make_problems("test", 100):
         prompt = tokenizer(problem.prompt).input_ids
-        assert tokenizer.convert_ids_to_tokens(prompt[-1:]) == ["\u010a"]  # byte-level "\n"
+        assert tokenizer.decode(prompt[-1:]) == "\n"
         for response in (task.write_careful(problem), task.write_hasty(problem, rng)):
             together = tokenizer(problem.prompt + response).input_ids
             assert together == prompt + tokenizer(response).input_ids
@@ -151,20 +164,81 @@ def test_tokenizer_round_trips(tokenizer):
     assert tokenizer.decode(tokenizer(ascii_text).input_ids) == ascii_text
 
 
-def test_plan_fits_the_rollout(tokenizer):
+def test_plan_fits_the_rollout(words):
     """The plan line and its newline are at most the demo's 32 tokens, a tenth of an answer."""
     for problem in task.make_problems("test", 200):
-        response = task.write_careful(problem)
-        plan = response.split("\n")[0] + "\n"
-        assert len(tokenizer(plan).input_ids) <= 32
-        num_tokens = len(tokenizer(response).input_ids)
+        plan = task.write_careful(problem).split("\n")[0] + "\n"
+        assert len(words(plan).input_ids) <= 32
+
+
+def test_answers_fit_the_model(tokenizer):
+    for problem in task.make_problems("test", 200):
+        num_tokens = len(tokenizer(task.write_careful(problem)).input_ids)
         assert num_tokens < build.LONGEST_RESPONSE
         assert num_tokens + len(tokenizer(problem.prompt).input_ids) < build.MAX_POSITIONS
 
 
-@pytest.mark.parametrize("role", ROLES)
+ODD_TEXTS = [
+    "caf\u00e9 na\u00efve \ufb01 a\u0301\u00a0b",
+    "\u65e5\u672c\u8a9e \U0001f600\u200d\U0001f525 \u0645\u0631\u062d\u0628\u0627",
+    " \t\r\n  \n\n  two  ",
+    "\x00\x1b\x7f\ufffd\uffff\U0010ffff",
+    "<0x41><0xFF> <pad <|endoftext|>",
+    "4567 890, 12.5",
+]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_pieces_keep_any_text(pieces, text):
+    assert pieces.decode(pieces(text).input_ids) == text
+
+
+def test_pieces_stay_within_a_word_and_know_every_byte(pieces):
+    pieces = ByteTokenizer(pieces, "teacher")
+    assert set(map(bytes, zip(range(256), strict=True))) <= set(pieces.token_bytes)
+    for piece in pieces.token_bytes:
+        assert b" " not in piece[1:]
+        assert b"\n" not in piece or piece == b"\n"
+
+
+def test_pieces_split_words_and_join_digits(words, pieces):
+    for word in (" times", " minus", " start", " first", " fewer"):
+        assert len(words.tokenize(word)) == 1 < len(pieces.tokenize(word)) <= 3
+    for number in range(10, 100):
+        assert len(words.tokenize(f" {number}")) == 2
+        assert len(pieces.tokenize(f" {number}")) == 1
+    assert len(words.tokenize(" all.")) == 2
+    assert len(pieces.tokenize(" all.")) == 1
+
+
+def test_the_tokenizers_share_no_special_token(words, pieces):
+    for tokenizer, specials in ((words, 2), (pieces, 3)):
+        assert len(set(tokenizer.all_special_ids)) == specials
+    assert not {*words.all_special_ids} & {*pieces.all_special_ids}
+    assert not {*words.all_special_tokens} & {*pieces.all_special_tokens}
+
+
+def test_pieces_align_with_words_in_part(words, pieces):
+    """Three in four of `words`' tokens are tokens of `pieces`; nine in ten begin where one does."""
+    rng = random.Random(0)
+    responses = []
+    for problem in task.make_problems("test", 100):
+        responses += [task.write_careful(problem), task.write_hasty(problem, rng)]
+    aligner = Aligner(
+        words,
+        pieces,
+        student_eos_token_ids=[words.eos_token_id],
+        teacher_eos_token_ids=[pieces.eos_token_id],
+        starts_text=False,
+    )
+    alignment = aligner.align([[*i, words.eos_token_id] for i in words(responses).input_ids])
+    assert 0.72 < alignment.span_coverage < 0.78
+    assert 0.86 < alignment.start_coverage < 0.92
+
+
+@pytest.mark.parametrize("role", SHIPPED)
 def test_shipped_files(role):
-    path = ROLES[role]
+    path = SHIPPED[role]
     assert {file.name for file in path.iterdir()} == MODEL_FILES
     assert (path / "model.safetensors").stat().st_size < 1.2e6
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -174,6 +248,11 @@ def test_shipped_files(role):
     for config in (model.config, model.generation_config):
         assert config.eos_token_id == tokenizer.eos_token_id
         assert config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    saved = Tokenizer.from_file(str(path / "tokenizer.json"))
+    assert tokenizer.backend_tokenizer.to_str() == saved.to_str()
+
+
+def test_shipped_student_and_teacher_share_a_tokenizer():
     student, teacher = (
         (file / "tokenizer.json").read_text(encoding="utf-8") for file in ROLES.values()
     )
@@ -181,10 +260,11 @@ def test_shipped_files(role):
 
 
 @pytest.mark.parametrize(
-    ("role", "lowest", "highest"), [("student", 0.25, 0.6), ("teacher", 0.97, 1.0)]
+    ("role", "lowest", "highest"),
+    [("student", 0.25, 0.6), ("teacher", 0.97, 1.0), ("teacher-pieces", 0.97, 1.0)],
 )
 def test_shipped_models_do_what_is_claimed(role, lowest, highest):
-    path = ROLES[role]
+    path = SHIPPED[role]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
     problems = task.make_problems("validation", 64, seed=1)
@@ -218,6 +298,28 @@ def test_build_writes_models_that_load(built):
 def test_build_makes_the_shipped_tokenizer(built):
     name = "tokenizer.json"
     assert (built / "student" / name).read_bytes() == (student_path() / name).read_bytes()
+
+
+def test_build_with_pieces(tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr(build, "report", lambda path, problems: reported.append(path))
+    arguments = ["--tokenizer=pieces", "--steps=2", f"--output={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["build", *arguments])
+    build.main()
+    assert reported == [tmp_path / role for role in ROLES]
+    shipped = (pieces_teacher_path() / "tokenizer.json").read_bytes()
+    for role in ROLES:
+        assert {file.name for file in (tmp_path / role).iterdir()} == MODEL_FILES
+        assert (tmp_path / role / "tokenizer.json").read_bytes() == shipped
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / role)
+        assert len(AutoTokenizer.from_pretrained(tmp_path / role)) == model.config.vocab_size
+
+
+def test_build_with_pieces_leaves_the_shipped_folder_alone(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["build", "--tokenizer=pieces", "--steps=1", "--overwrite"])
+    with pytest.raises(SystemExit):
+        build.main()
+    assert "needs an --output" in capsys.readouterr().err
 
 
 def test_build_is_seeded(built, tmp_path):

@@ -28,6 +28,8 @@ from esr_train.train import train
 
 # alignment, vocab_projection, loss_estimator; the sampled tokens need no map.
 VARIANTS = (
+    ("start", "merge", "full"),
+    ("span", "merge", "full"),
     ("start", "project", "full"),
     ("start", "exact", "full"),
     ("span", "project", "full"),
@@ -93,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
                 found = measure(models, variant, seed, before, options.options)
                 before = Evaluation.from_json(found["before"])
                 kept = {key: found[key] for key in ("before", "after", "train_seconds")}
+                kept["commit"] = found["machine"]["commit"]
                 for row in (kept["before"], kept["after"]):
                     del row["kl_by_position"], row["tokens_by_position"]
                 results["runs"].append(

@@ -7,6 +7,8 @@ re-encode the text with the teacher's tokenizer. GOLD's is what its trainer does
 rollouts (offsets of the student's tokens, `build_teacher_inputs_from_texts`, and the walk of
 `ULDLoss`), for the byte-level pairs that it accepts. The floor is decoding and encoding alone. No
 two rounds see the same text.
+
+And making the vocabulary maps of two vocabularies of real sizes, nothing being kept on disk yet.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from esr_train.align import Aligner
+from esr_train.align.vocab_map import PROJECTIONS
 
 EOS = 2
 ROUNDS = 20
@@ -145,3 +149,47 @@ def test_align(name: str, student: str, teacher: str, num_tokens: int, benchmark
     left = iter(work[WARM_UP:])
     benchmark.group = f"16 x {num_tokens} tokens, {student} -> {teacher}"
     benchmark.pedantic(align, setup=lambda: ((next(left),), {}), rounds=ROUNDS)
+
+
+def large_tokenizer(num_tokens: int, seed: int) -> Any:
+    """Byte-level BPE of invented words of up to three syllables; seeds draw different ones."""
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiouy"]
+    merges = [(syllable[0], syllable[1]) for syllable in syllables]
+    merges += [("\u0120", syllable) for syllable in syllables]
+    starts = [mark + syllable for syllable in syllables for mark in ("", "\u0120")]
+    for _ in range(2):
+        longer = list(itertools.product(starts, syllables))
+        random.Random(seed).shuffle(longer)
+        merges += longer[: num_tokens - 300 - len(merges)]
+        starts = [first + second for first, second in longer]
+    tokens = ["<unk>", "<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [first + second for first, second in merges]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    backend = Tokenizer(models.BPE(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@cache
+def large_pair() -> tuple[Any, Any]:
+    """As large as Qwen's and Gemma's."""
+    return large_tokenizer(151_000, seed=0), large_tokenizer(256_000, seed=1)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_align_vocabularies(
+    projection: str, benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading both tokenizers included."""
+    student, teacher = large_pair()
+
+    def maps() -> Any:
+        aligner = Aligner(
+            student, teacher, student_eos_token_ids=[EOS], teacher_eos_token_ids=[EOS]
+        )
+        return aligner.vocab_maps(projection, student_rows=151_936, teacher_rows=262_144)
+
+    folders = (str(tmp_path / str(number)) for number in range(3))
+    benchmark.group = "vocabulary maps, 151k and 256k ids"
+    benchmark.pedantic(maps, setup=lambda: monkeypatch.setenv("HF_HOME", next(folders)), rounds=3)

@@ -203,7 +203,7 @@ class Aligner:
     def vocab_maps(
         self, projection: str, *, student_rows: int, teacher_rows: int
     ) -> tuple[Tensor, Tensor | None]:
-        """`vocab_map` [teacher_rows] and `student_map` [student_rows] of `linear_reverse_kl`, int64.
+        """`vocab_map` [teacher_rows], `student_map` [student_rows] of `linear_reverse_kl`, int64.
 
         The student id that each id counts for, -1 for none; None: each student id for itself.
 

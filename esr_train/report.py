@@ -217,25 +217,35 @@ def source_commit() -> str | None:
 
 def print_results(results: dict[str, Any]) -> None:
     """Two Markdown tables: what the run gained, and what it cost."""
+    if results["before"] and results["after"]:
+        show(gain_table(results))
+    show(cost_table(results))
+
+
+def gain_table(results: dict[str, Any]) -> Table:
+    """Score, KL, length and coverage, before and after."""
     before, after = results["before"], results["after"]
-    if before and after:
-        table = markdown_table("", "before", "after")
-        if before["score"] is not None:
-            samples = before["num_samples"]
-            table.add_row(f"accuracy, avg@{samples} (95 %)", score(before), score(after))
-        cutoff = results["rollout_tokens"]
-        inside = f"KL in the first {cutoff} tokens" if cutoff else "KL"
-        table.add_row(f"{inside}, nats/token", kl(before["kl_inside"]), kl(after["kl_inside"]))
-        if cutoff:
-            beyond = [kl(row["kl_beyond"]) for row in (before, after)]
-            table.add_row("KL beyond, nats/token", *beyond)
-        lengths = [f"{row['mean_response_tokens']:.0f}" for row in (before, after)]
-        table.add_row("response length, tokens", *lengths)
-        for name, label in COVERAGE_LABELS.items():
-            if before["coverage"] and name in before["coverage"]:
-                shares = [f"{row['coverage'][name]:.1%}" for row in (before, after)]
-                table.add_row(label, *shares)
-        show(table)
+    table = markdown_table("", "before", "after")
+    if before["score"] is not None:
+        samples = before["num_samples"]
+        table.add_row(f"accuracy, avg@{samples} (95 %)", score(before), score(after))
+    cutoff = results["rollout_tokens"]
+    inside = f"KL in the first {cutoff} tokens" if cutoff else "KL"
+    table.add_row(f"{inside}, nats/token", kl(before["kl_inside"]), kl(after["kl_inside"]))
+    if cutoff:
+        beyond = [kl(row["kl_beyond"]) for row in (before, after)]
+        table.add_row("KL beyond, nats/token", *beyond)
+    lengths = [f"{row['mean_response_tokens']:.0f}" for row in (before, after)]
+    table.add_row("response length, tokens", *lengths)
+    for name, label in COVERAGE_LABELS.items():
+        if before["coverage"] and name in before["coverage"]:
+            shares = [f"{row['coverage'][name]:.1%}" for row in (before, after)]
+            table.add_row(label, *shares)
+    return table
+
+
+def cost_table(results: dict[str, Any]) -> Table:
+    """Seconds and peak memory of each phase."""
     memory = results["peak_memory"]
     table = markdown_table(
         "phase", "seconds", "seconds/step", f"peak memory ({memory['measures']})"
@@ -250,7 +260,7 @@ def print_results(results: dict[str, Any]) -> None:
         )
     total = results["train_seconds"]
     table.add_row("all", f"{total:.1f}", f"{total / results['steps']:.3f}", mib(memory["gib"]))
-    show(table)
+    return table
 
 
 def score(evaluation: dict[str, Any]) -> str:

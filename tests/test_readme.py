@@ -100,6 +100,25 @@ def test_the_headline_figures_are_those_of_the_results_files():
         assert re.fullmatch("[0-9a-f]{40}", result["machine"]["commit"])  # of a clean checkout
 
 
+def test_the_cross_tokenizer_figures_are_those_of_the_results_file():
+    from esr_train.report import as_markdown, gain_table
+
+    path = ROOT / "benchmarks" / "results" / "demo-cross-tokenizer-cpu.json"
+    results = json.loads(path.read_text())
+    assert as_markdown(gain_table(results)) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.fullmatch("[0-9a-f]{40}", results["machine"]["commit"])
+
+
+def test_the_table_of_two_tokenizers_is_that_of_the_results_file():
+    from benchmarks.alignment import VARIANTS, table
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "alignment-cpu.json").read_text())
+    document = (ROOT / "docs" / "alignment.md").read_text(encoding="utf-8")
+    assert table(results["runs"]) in document
+    assert len(results["runs"]) >= 2 * 3 * len(VARIANTS)
+    assert all(re.fullmatch("[0-9a-f]{40}", run["commit"]) for run in results["runs"])
+
+
 def test_the_steps_figures_are_those_of_the_results_file():
     from benchmarks.step_report import compared_table
 

@@ -49,6 +49,20 @@ def test_both_runs_share_all_but_the_cutoff(demo):
     assert (folder / "esr" / "checkpoint-3" / "adapter_model.safetensors").is_file()
 
 
+def test_the_pair_of_two_tokenizers(tmp_path):
+    """A few steps of `python -m esr_train --demo cross-tokenizer`."""
+    words = ["--demo", "cross-tokenizer", "--max_steps=3", "--num_eval_prompts=8"]
+    command = [sys.executable, "-m", "esr_train", *words, f"--output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "two tokenizers (id 0 is '<|endoftext|>' for the student and '<0x00>'" in done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert "tokens compared" in rows
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["after"]["kl_inside"] < results["before"]["kl_inside"]
+    assert 0.8 < results["before"]["coverage"]["compared"] < 0.95
+    assert results["before"]["coverage"]["student_mass"] > 0.99
+
+
 @pytest.mark.parametrize(
     "words",
     [

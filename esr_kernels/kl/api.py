@@ -10,6 +10,7 @@ from esr_kernels.kl.autograd import LinearReverseKL
 from esr_kernels.kl.checks import (
     check_pair,
     check_rows_apart,
+    check_student_map,
     check_vocab_map,
     check_workspace,
     common_vocab,
@@ -21,7 +22,7 @@ from esr_kernels.kl.options import make_options
 from esr_kernels.kl.planner import row_strides
 from esr_kernels.kl.rows import Activation
 from esr_kernels.kl.stats import TokenStats
-from esr_kernels.kl.vocab import make_groups
+from esr_kernels.kl.vocab import make_classes
 from esr_kernels.lm_head import LMHead
 from esr_kernels.opaque import opaque
 
@@ -62,6 +63,7 @@ def linear_reverse_kl(
     teacher_temperature: float | None = None,
     vocab_size: int | None = None,
     vocab_map: torch.Tensor | None = None,
+    student_map: torch.Tensor | None = None,
     reduction: str = "mean",
     normalizer: torch.Tensor | None = None,
     return_stats: bool = False,
@@ -83,6 +85,16 @@ def linear_reverse_kl(
 
     With `vocab_map`, `t` is the log-sum-exp of the teacher's logits over the ids of a student id,
     ids of -1 left out, and both softmaxes run over the student ids that some teacher id maps to.
+    With `student_map` as well, `s` is the log-sum-exp of the student's logits over the ids of a
+    class in the same way, and both softmaxes run over the classes that ids of both models count
+    for::
+
+        def by_class(logits, class_of):
+            return torch.stack([logits[:, class_of == c].logsumexp(-1) for c in classes], dim=-1)
+        classes = [c for c in range(Vs) if (vocab_map == c).any() and (student_map == c).any()]
+        s = by_class(logits(student_hidden, student_head) / temperature, student_map)
+        t = by_class(logits(teacher_hidden, teacher_head) / teacher_temperature, vocab_map)
+        s, t = s.log_softmax(-1), t.log_softmax(-1)
 
     Gradients flow to `student_hidden` and, where they require it, to weight and bias of
     `student_head`; never to the teacher, the weights or the normalizer. They are made in the
@@ -103,15 +115,20 @@ def linear_reverse_kl(
         vocab_map: [Vt] int64, for models with different tokenizers: the student id that each
             teacher id counts for, many to one, -1 for none. A student id that nothing maps to gets
             no gradient. Excludes `vocab_size`: all rows of both heads take part.
+        student_map: [Vs] int64, with `vocab_map`: the id that each student id counts for, -1 for
+            none; default: itself. The values of both maps are classes, named by student ids.
         reduction: "mean" divides by the sum of the weights, "sum" does not, "none" gives [N].
         normalizer: 0-d tensor that replaces the sum of the weights in "mean": the token count of
             all accumulation steps and processes, over the number of processes where gradients are
             averaged over them (DDP, FSDP2). Where the divisor is 0 the result is 0.
-        return_stats: return (result, TokenStats): KL, entropies, ranks of every row, detached.
+        return_stats: return (result, TokenStats): KL, entropies, ranks of every row, detached. With
+            `student_map` of the student's distribution over the covered student ids, and of the
+            teacher's shared out over them: each class's mass as the student shares its own.
         max_workspace_bytes: cap on the logits in flight: 8 B * V a row (16 B in float64), V rounded
-            up to 32 (16); with `vocab_map` 4 B * (2 Vs + Vt). Default: 512 rows or 600 MB,
-            whichever is more, at most 2048 rows. 150_000_000 keeps all extra memory under 0.2 GB at
-            V = 152k, for any N (docs/kernels.md).
+            up to 32 (16); with `vocab_map` 4 B * (2 Vs + Vt), with `student_map` as well
+            4 B * (3 Vs + max(Vt, Vs)). Default: 512 rows or 600 MB, whichever is more, at most 2048
+            rows. 150_000_000 keeps all extra memory under 0.2 GB at V = 152k, for any N
+            (docs/kernels.md).
         impl: "triton", "torch", or "auto": triton for tensors on a GPU, torch elsewhere.
 
     Returns:
@@ -121,7 +138,7 @@ def linear_reverse_kl(
 
     Raises:
         ValueError: naming the argument, what was expected and what came. Negative weights and ids
-            of `vocab_map` out of range are found on the CPU; on a GPU, where it would wait for the
+            of the maps out of range are found on the CPU; on a GPU, where it would wait for the
             values, only if the environment has ESR_KERNELS_CHECK_VALUES=1.
     """
     check_pair("hidden", "[N, D]", student_hidden, teacher_hidden)
@@ -144,18 +161,25 @@ def linear_reverse_kl(
         vocabs = (common_vocab(vocab_size, *vocabs),) * 2
     else:
         check_vocab_map(vocab_map, vocab_size, *vocabs, student_hidden.device)
-    strides = row_strides(*vocabs, vocab_map is not None, dtype.itemsize)
+    if student_map is not None:
+        check_student_map(student_map, vocab_map, vocabs[0], student_hidden.device)
+    maps = vocab_map is not None, student_map is not None
+    strides = row_strides(*vocabs, *maps, dtype.itemsize)
     check_workspace(max_workspace_bytes, sum(strides) * dtype.itemsize)
     student = _side(student_hidden, student_head, options.temperatures[0], vocabs[0])
     with torch.no_grad():
         teacher = _side(teacher_hidden.detach(), teacher_head, options.temperatures[1], vocabs[1])
+    groups, classes = None, None
+    if vocab_map is not None:
+        groups, classes = make_classes(vocab_map, student_map, vocabs[0])
     call = Call(
         student,
         teacher,
         options.weights,
         options.backend,
         max_workspace_bytes,
-        None if vocab_map is None else make_groups(vocab_map, vocabs[0]),
+        groups,
+        classes,
         options.stats,
     )
     inputs = (student.hidden, student.weight, student.activation.bias)

@@ -88,24 +88,39 @@ def check_vocab_map(
     if vocab_size is not None:
         expected = "None with vocab_map, which says itself what both models share"
         raise error("vocab_size", expected, vocab_size)
-    if not isinstance(vocab_map, torch.Tensor) or vocab_map.shape != (teacher_vocab,):
-        raise error(
-            "vocab_map",
-            f"a tensor [{teacher_vocab}], a student id a teacher id",
-            shape_of(vocab_map),
-        )
-    if vocab_map.dtype != torch.int64:
-        raise error("vocab_map", "torch.int64", vocab_map.dtype)
-    if vocab_map.device != device:
-        raise error("vocab_map", f"device {device}", vocab_map.device)
-    if not sees_values(vocab_map):
+    _check_map("vocab_map", "a teacher id", vocab_map, teacher_vocab, student_vocab, device)
+    if sees_values(vocab_map) and not (vocab_map >= 0).any():
+        raise error("vocab_map", "at least one teacher id that counts for a student id", "-1 only")
+
+
+def check_student_map(
+    student_map: Any, vocab_map: torch.Tensor | None, student_vocab: int, device: torch.device
+) -> None:
+    """After `check_vocab_map`."""
+    if vocab_map is None:
+        expected = "None without vocab_map, which says what the teacher's ids count for"
+        raise error("student_map", expected, shape_of(student_map))
+    _check_map("student_map", "a student id", student_map, student_vocab, student_vocab, device)
+    if sees_values(student_map) and not torch.isin(student_map[student_map >= 0], vocab_map).any():
+        expected = "at least one id that vocab_map holds too"
+        raise error("student_map", expected, "none (but -1)")
+
+
+def _check_map(
+    name: str, of: str, ids: Any, size: int, student_vocab: int, device: torch.device
+) -> None:
+    if not isinstance(ids, torch.Tensor) or ids.shape != (size,):
+        raise error(name, f"a tensor [{size}], a student id {of}", shape_of(ids))
+    if ids.dtype != torch.int64:
+        raise error(name, "torch.int64", ids.dtype)
+    if ids.device != device:
+        raise error(name, f"device {device}", ids.device)
+    if not sees_values(ids):
         return
-    low, high = (bound.item() for bound in vocab_map.aminmax())
+    low, high = (bound.item() for bound in ids.aminmax())
     if low < -1 or high >= student_vocab:
         expected = f"student ids in 0..{student_vocab - 1}, or -1 for none"
-        raise error("vocab_map", expected, f"{low}..{high}")
-    if high < 0:
-        raise error("vocab_map", "at least one teacher id that counts for a student id", "-1 only")
+        raise error(name, expected, f"{low}..{high}")
 
 
 def shape_of(value: Any) -> str:

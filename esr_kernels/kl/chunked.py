@@ -13,7 +13,7 @@ import torch
 
 from esr_kernels.kl.planner import plan_chunks, row_strides
 from esr_kernels.kl.rows import Activation, Backend, Rows
-from esr_kernels.kl.vocab import VocabGroups
+from esr_kernels.kl.vocab import Share, StudentClasses, VocabGroups
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Call:
     """What a call computes, but for which gradients. stats [len(STATS), N] is written if given.
 
     Without `groups` both weights have V rows; with them the student's has V and the teacher's Vt.
+    `classes` come with groups: the student's side of them.
     """
 
     student: Side
@@ -38,6 +39,7 @@ class Call:
     backend: Backend
     max_workspace_bytes: int | None
     groups: VocabGroups | None = None
+    classes: StudentClasses | None = None
     stats: torch.Tensor | None = None
 
 
@@ -70,12 +72,13 @@ def run_chunks(
 
     `hidden_factor` (0-d) multiplies the gradient of the hidden states before it is rounded.
     """
-    student, teacher, groups = call.student, call.teacher, call.groups
+    student, teacher, groups, classes = call.student, call.teacher, call.groups, call.classes
     device = student.hidden.device
     num_rows, vocab_size = student.hidden.shape[0], student.weight.shape[0]
     teacher_vocab = teacher.weight.shape[0]
     dtype = accumulate_dtype(student.hidden.dtype, teacher.hidden.dtype)
-    strides = row_strides(vocab_size, teacher_vocab, groups is not None, dtype.itemsize)
+    maps = groups is not None, classes is not None
+    strides = row_strides(vocab_size, teacher_vocab, *maps, dtype.itemsize)
     borders = plan_chunks(num_rows, sum(strides) * dtype.itemsize, call.max_workspace_bytes)
     most = borders[1] if num_rows else 0  # the first chunk is the largest
     workspace = torch.empty(most * sum(strides), dtype=dtype, device=device)
@@ -107,6 +110,17 @@ def run_chunks(
                 grouped = buffers[2][: stop - start, : vocab_size + 1]
                 call.backend.group(teacher_logits, grouped, teacher.activation, weights, groups)
                 teacher_logits = grouped
+            if classes is not None:
+                share = Share(
+                    student.activation,
+                    classes,
+                    weights,
+                    grouped,
+                    peaks=buffers[3][: stop - start, :vocab_size],
+                    shared=buffers[1][: stop - start, : vocab_size + 1],
+                )
+                call.backend.share(student_logits, share)
+                teacher_logits = share.shared
             grad = None
             if wanted.any:
                 grad = student_logits

@@ -12,7 +12,7 @@ from esr_kernels.checks import choose_impl, error, sees_values
 from esr_kernels.kl.checks import shape_of
 from esr_kernels.kl.rows import Backend, torch_row_step
 from esr_kernels.kl.stats import STATS, TokenStats, make_stats
-from esr_kernels.kl.vocab import torch_group
+from esr_kernels.kl.vocab import torch_group, torch_share
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -125,7 +125,12 @@ def _inverse(
 
 def _backend(impl: Any, device: torch.device, dtype: torch.dtype) -> Backend:
     if choose_impl(impl, device, runs_on_triton=dtype == torch.float32) == "torch":
-        return Backend(torch_row_step, torch_group, overwrites=False)
+        return Backend(torch_row_step, torch_group, torch_share, overwrites=False)
     from esr_kernels.kl import group_kernels, kernels
 
-    return Backend(kernels.triton_row_step, group_kernels.triton_group, overwrites=True)
+    return Backend(
+        kernels.triton_row_step,
+        group_kernels.triton_group,
+        group_kernels.triton_share,
+        overwrites=True,
+    )

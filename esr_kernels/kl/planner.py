@@ -21,12 +21,21 @@ def row_stride(vocab_size: int, itemsize: int) -> int:
     return math.ceil(vocab_size / unit) * unit
 
 
-def row_strides(student_vocab: int, teacher_vocab: int, mapped: bool, itemsize: int) -> list[int]:
+def row_strides(
+    student_vocab: int, teacher_vocab: int, mapped: bool, shared: bool, itemsize: int
+) -> list[int]:
     """Elements a row takes in the workspace: student, teacher and, with a map, grouped teacher.
 
-    The grouped row has one column more, for the teacher's ids that the map leaves out.
+    The grouped row has one column more, for the teacher's ids that the map leaves out. With a
+    student map the grouped teacher is shared out over the teacher's logits, and the last row holds
+    the peaks of the student's classes.
     """
-    widths = [student_vocab, teacher_vocab, *([student_vocab + 1] if mapped else [])]
+    widths = [student_vocab, teacher_vocab]
+    if mapped:
+        widths.append(student_vocab + 1)
+    if shared:
+        widths[1] = max(teacher_vocab, student_vocab + 1)
+        widths.append(student_vocab)
     return [row_stride(width, itemsize) for width in widths]
 
 
@@ -34,7 +43,7 @@ def plan_chunks(num_rows: int, row_bytes: int, max_workspace_bytes: int | None) 
     """Chunk borders `[0, ..., num_rows]`.
 
     The workspace is `rows * row_bytes`, with `row_bytes` all logits of one row: 8 B * V in float32
-    (V rounded up to 32), 16 B * V in float64, half as much again with a map. The rows of a chunk
+    (V rounded up to 32), 16 B * V in float64, more with maps. The rows of a chunk
     are capped at `max_workspace_bytes // row_bytes`, by default at what 600 MB hold but between 512
     and 2048. The fewest chunks that this allows share the rows evenly: in whole tiles of 128 rows
     when a chunk may hold four of them, else to within a row. So the last chunk is never a sliver,

@@ -26,12 +26,51 @@ def reverse_kl_rows(student_logits: torch.Tensor, teacher_logits: torch.Tensor) 
 
 
 def on_covered_ids(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, vocab_map: torch.Tensor
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    vocab_map: torch.Tensor,
+    student_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both models' logits [N, C] of the student ids that the map reaches, in ascending order."""
+    """Both models' logits [N, C] of the student ids that the map reaches, in ascending order.
+
+    With a student map, of the classes that ids of both models count for.
+    """
+    covered = covered_classes(vocab_map, student_map)
+    teacher_logits = of_classes(teacher_logits, vocab_map, covered)
+    if student_map is None:
+        return student_logits[:, covered], teacher_logits
+    return of_classes(student_logits, student_map, covered), teacher_logits
+
+
+def covered_classes(vocab_map: torch.Tensor, student_map: torch.Tensor | None) -> torch.Tensor:
     covered = vocab_map[vocab_map >= 0].unique()
-    grouped = [teacher_logits[:, vocab_map == i].logsumexp(dim=-1) for i in covered]
-    return student_logits[:, covered], torch.stack(grouped, dim=-1)
+    return covered if student_map is None else covered[torch.isin(covered, student_map)]
+
+
+def of_classes(logits: torch.Tensor, class_of: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """[N, C]: the log-sum-exp of the logits of each class."""
+    return torch.stack([logits[:, class_of == i].logsumexp(dim=-1) for i in classes], dim=-1)
+
+
+def shared_out(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    vocab_map: torch.Tensor,
+    student_map: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both models' log-probabilities [N, M] of the student ids of the covered classes.
+
+    The teacher's are its classes', times the student's shares of its ids in their class.
+    """
+    classes = covered_classes(vocab_map, student_map)
+    teacher = of_classes(teacher_logits, vocab_map, classes).log_softmax(-1)
+    logprobs = torch.full_like(student_logits, torch.nan)
+    for index, i in enumerate(classes):
+        members = student_map == i
+        shares = student_logits[:, members].log_softmax(-1)
+        logprobs[:, members] = teacher[:, index : index + 1] + shares
+    inside = torch.isin(student_map, classes)
+    return student_logits[:, inside].log_softmax(-1), logprobs[:, inside]
 
 
 def token_stats_reference(
@@ -39,15 +78,24 @@ def token_stats_reference(
     teacher_logits: torch.Tensor,
     token_weights: torch.Tensor,
     vocab_map: torch.Tensor | None = None,
+    student_map: torch.Tensor | None = None,
 ) -> TokenStats:
     """`TokenStats` of [N, V] logits that temperatures have divided already."""
     kept = token_weights != 0
     covered = [torch.ones_like(student_logits[:, 0]) for _ in range(2)]
     if vocab_map is not None:
-        covered[0] = student_logits.softmax(-1)[:, vocab_map[vocab_map >= 0].unique()].sum(-1)
-        covered[1] = teacher_logits.softmax(-1)[:, vocab_map >= 0].sum(-1)
-        student_logits, teacher_logits = on_covered_ids(student_logits, teacher_logits, vocab_map)
-    kl = reverse_kl_rows(student_logits, teacher_logits)
+        ids = torch.arange(student_logits.shape[1], device=student_logits.device)
+        class_of = ids if student_map is None else student_map
+        classes = covered_classes(vocab_map, student_map)
+        covered[0] = student_logits.softmax(-1)[:, torch.isin(class_of, classes)].sum(-1)
+        covered[1] = teacher_logits.softmax(-1)[:, torch.isin(vocab_map, classes)].sum(-1)
+        logits = student_logits, teacher_logits
+        student_logits, teacher_logits = on_covered_ids(*logits, vocab_map, student_map)
+        kl = reverse_kl_rows(student_logits, teacher_logits)
+        if student_map is not None:
+            student_logits, teacher_logits = shared_out(*logits, vocab_map, student_map)
+    else:
+        kl = reverse_kl_rows(student_logits, teacher_logits)
     student_probs, teacher_probs = student_logits.softmax(-1), teacher_logits.softmax(-1)
     top1_prob, choice = student_probs.max(-1)
     rank = (teacher_logits > teacher_logits.gather(1, choice.unsqueeze(1))).sum(-1)
@@ -74,6 +122,7 @@ def linear_reverse_kl_reference(
     teacher_temperature: float | None = None,
     vocab_size: int | None = None,
     vocab_map: torch.Tensor | None = None,
+    student_map: torch.Tensor | None = None,
     reduction: str = "mean",
     normalizer: torch.Tensor | None = None,
     return_stats: bool = False,
@@ -95,6 +144,7 @@ def linear_reverse_kl_reference(
         token_weights=weights,
         vocab_size=vocab_size,
         vocab_map=vocab_map,
+        student_map=student_map,
         reduction=reduction,
         normalizer=normalizer,
         return_stats=return_stats,
@@ -110,6 +160,7 @@ def reverse_kl_reference(
     teacher_temperature: float | None = None,
     vocab_size: int | None = None,
     vocab_map: torch.Tensor | None = None,
+    student_map: torch.Tensor | None = None,
     reduction: str = "mean",
     normalizer: torch.Tensor | None = None,
     return_stats: bool = False,
@@ -129,7 +180,7 @@ def reverse_kl_reference(
         student_logits, teacher_logits = student_logits[:, :common], teacher_logits[:, :common]
         used = student_logits, teacher_logits
     else:
-        used = on_covered_ids(student_logits, teacher_logits, vocab_map)
+        used = on_covered_ids(student_logits, teacher_logits, vocab_map, student_map)
     values = weights * reverse_kl_rows(*used)
     if reduction == "none":
         result = values
@@ -140,5 +191,5 @@ def reverse_kl_reference(
         result = torch.where(total == 0, 0, values.sum() / torch.where(total == 0, 1, total))
     if return_stats:
         logits = student_logits.detach(), teacher_logits.detach()
-        return result, token_stats_reference(*logits, weights, vocab_map)
+        return result, token_stats_reference(*logits, weights, vocab_map, student_map)
     return result

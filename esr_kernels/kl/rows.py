@@ -64,14 +64,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Backend:
-    """`row_step` and `group` of an implementation.
+    """`row_step`, `group` and `share` of an implementation.
 
-    Both may consume the logits. overwrites: the row step writes a gradient of the student's dtype
-    over the student's float32 logits; otherwise the gradient has the logits' dtype.
+    The first two may consume the logits. overwrites: the row step writes a gradient of the
+    student's dtype over the student's float32 logits; otherwise it has the logits' dtype.
     """
 
     row_step: Callable[[torch.Tensor, torch.Tensor, Rows], None]
     group: Callable[[torch.Tensor, torch.Tensor, Activation, torch.Tensor | None, Any], None]
+    share: Callable[[torch.Tensor, Any], None]
     overwrites: bool
 
 

@@ -23,7 +23,9 @@ class TokenStats(NamedTuple):
     """Statistics of every row, [N] each, detached, in nats, at the temperatures of the loss.
 
     Under a `vocab_map` they are those of the two distributions over the covered student ids, but
-    for the masses. Rows of weight 0 hold 0 (False) in every field.
+    for the masses. Under a `student_map` too, where a student id is covered if ids of both models
+    count for its class: the teacher's mass of a class is shared out among its student ids as the
+    student shares its own. Rows of weight 0 hold 0 (False) in every field.
     """
 
     kl: torch.Tensor  # KL(student || teacher), not weighted

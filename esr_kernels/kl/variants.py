@@ -69,27 +69,47 @@ def variants() -> Iterator[Variant]:
             kernels.NUM_WARPS,
             kernels.STATS_MAX_REGISTERS if stats else None,
         )
-    for name, bias, softcap in (("plain", None, False), ("bias, softcap", "bf16", True)):
+    for name, bias, softcap, shares in (
+        ("plain", None, False, False),
+        ("bias, softcap", "bf16", True, False),
+        ("plain", None, False, True),
+        ("bias, softcap", "bf16", True, True),
+    ):
+        whose = "student's, " if shares else ""
         types = {
             "logits_ptr": "*fp32",
             "bias_ptr": f"*{bias}" if bias else None,
             "weights_ptr": "*fp32",
             "grouped_ptr": "*fp32",
+            "teacher_ptr": "*fp32" if shares else None,
             "inner": "fp32",
             "outer": "fp32",
         }
         types |= dict.fromkeys(("order_ptr", "offsets_ptr", "by_size_ptr", "num_long_ptr"), "*i32")
-        types |= dict.fromkeys(("logits_stride", "grouped_stride", "num_groups"), "i32")
+        strides = ("logits_stride", "grouped_stride", "teacher_stride", "num_groups")
+        types |= dict.fromkeys(strides, "i32")
         for part, kernel, flags in (
             ("short", group.group_short_kernel, {"BLOCK_SIZE": group.BLOCK_SIZE}),
             ("long", group.group_long_kernel, {"BLOCK_SIZE": group.LONG_BLOCK_SIZE}),
         ):
             flags |= {"SOFTCAP": softcap, "SHORT": SHORT_GROUP, "PROGRAMS": group.LONG_PROGRAMS}
             yield Variant(
-                f"group_{part} ({name})",
+                f"group_{part} ({whose}{name})",
                 kernel,
                 types,
                 {flag: value for flag, value in flags.items() if flag in kernel.arg_names},
                 frozenset({"weights_ptr", "num_groups"}),
                 group.NUM_WARPS,
             )
+        if not shares:
+            continue
+        types |= dict.fromkeys(("peaks_ptr", "shared_ptr"), "*fp32") | {"class_of_ptr": "*i32"}
+        types |= dict.fromkeys(("peaks_stride", "shared_stride", "num_columns"), "i32")
+        yield Variant(
+            f"share ({name})",
+            group.share_kernel,
+            types,
+            {"SOFTCAP": softcap, "BLOCK_SIZE": group.BLOCK_SIZE},
+            frozenset({"weights_ptr", "num_columns"}),
+            group.NUM_WARPS,
+        )

@@ -47,7 +47,7 @@ def test_compiles_without_spills(target: str) -> None:
         text=True,
     )
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == 32
+    assert len(reports) == 38
     nvidia = target != "gfx942"
     for name, registers, spills, shared, loads, ptx in reports:
         assert spills == 0, name
@@ -126,6 +126,7 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -
         (kernels, "reverse_kl_row_kernel"),
         (group_kernels, "group_short_kernel"),
         (group_kernels, "group_long_kernel"),
+        (group_kernels, "share_kernel"),
     ):
         launched[name] = Launches(getattr(module, name))
         monkeypatch.setattr(module, name, launched[name])
@@ -133,7 +134,8 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -
     sides = inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head
     vocab_map = torch.arange(67, device=DEVICE) // 2
     for stats in (False, True):
-        linear_reverse_kl(*sides, vocab_map=vocab_map, return_stats=stats, impl="triton")
+        maps = {"vocab_map": vocab_map, "student_map": vocab_map if stats else None}
+        linear_reverse_kl(*sides, **maps, return_stats=stats, impl="triton")
     monkeypatch.undo()
     for launches in launched.values():
         compiled = [v for v in aot.variants() if v.kernel is launches.kernel]

@@ -76,16 +76,16 @@ def test_a_frozen_head_costs_no_gradient_of_it(impl: str) -> None:
         assert bool(made) == expected
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("maps", [(), ("vocab_map",), ("vocab_map", "student_map")])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_host_never_waits(
-    reduction: str, mapped: bool, monkeypatch: pytest.MonkeyPatch
+    reduction: str, maps: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (checks, options_module):
         monkeypatch.setattr(module, "sees_values", lambda _: False)  # as on a GPU
     inputs = make_inputs(bias=True, softcap=2.0)
     options: dict[str, Any] = {"reduction": reduction, "token_weights": torch.rand(7)}
-    options["vocab_map"] = torch.randint(-1, 131, (131,)) if mapped else None
+    options |= {name: torch.randint(-1, 131, (131,)) for name in maps}
     with Operators() as seen:
         evaluate(linear_reverse_kl, inputs, impl="torch", **options)
     synchronising = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.")

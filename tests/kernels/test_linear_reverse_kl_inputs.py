@@ -12,6 +12,7 @@ from esr_kernels.kl import checks
 
 N, V, D = 5, 40, 8
 ones = torch.ones
+MAP = ones(V + 2).long()
 GOOD: dict[str, Any] = {
     "student_hidden": ones(N, D),
     "student_head": ones(V, D),
@@ -51,7 +52,22 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("vocab_map", "1..40", {"vocab_map": ones(V + 2).long().index_fill(0, torch.tensor(3), V)}),
     ("vocab_map", "-2..-2", {"vocab_map": ones(V + 2).long() * -2}),
     ("vocab_map", "-1 only", {"vocab_map": ones(V + 2).long() * -1}),
+    ("student_map", "[40]", {"student_map": ones(V).long()}),
+    ("student_map", "list", {"vocab_map": MAP, "student_map": [0] * V}),
+    ("student_map", "[42]", {"vocab_map": MAP, "student_map": ones(V + 2).long()}),
+    ("student_map", "int32", {"vocab_map": MAP, "student_map": ones(V).int()}),
+    ("student_map", "meta", {"vocab_map": MAP,
+                             "student_map": ones(V, dtype=torch.int64, device="meta")}),
+    ("student_map", "1..40", {"vocab_map": MAP, "student_map": ones(V).long().index_fill(
+        0, torch.tensor(3), V)}),
+    ("student_map", "-2..-2", {"vocab_map": MAP, "student_map": ones(V).long() * -2}),
+    ("student_map", "none (but -1)", {"vocab_map": MAP.index_fill(0, torch.tensor(3), -1),
+                                      "student_map": -ones(V).long()}),
+    ("student_map", "none (but -1)", {"vocab_map": MAP, "student_map": ones(V).long() * 2}),
+    ("vocab_map", "-1 only", {"vocab_map": -MAP, "student_map": ones(V).long()}),
     ("vocab_size", "40", {"vocab_map": ones(V + 2).long(), "vocab_size": V}),
+    ("max_workspace_bytes", "1023", {"vocab_map": MAP, "student_map": ones(V).long(),
+                                     "max_workspace_bytes": 1023}),
     ("max_workspace_bytes", "767", {"vocab_map": ones(V + 2).long(), "max_workspace_bytes": 767}),
     ("temperature", "0", {"temperature": 0}),
     ("temperature", "-1.0", {"temperature": -1.0}),

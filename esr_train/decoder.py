@@ -31,6 +31,7 @@ from esr_train.attention import (
     takes_layouts,
 )
 from esr_train.errors import first_line
+from esr_train.linear import packed_linears
 
 
 def merged_weight(layer: Any) -> Tensor:
@@ -59,8 +60,9 @@ class DecodeWeights:
     """A twin of `model` to decode with: adapters merged, weights in `dtype`, refreshed on demand.
 
     Tensors that need neither are the model's own: without LoRA and in the model's dtype the twin
-    costs nothing. Merging rounds once, to `dtype`: exact in float32, in bfloat16 as exact as any
-    other rounding of a step. With merge=False the adapters stay at work.
+    costs nothing, but for the copies of `packed_linears` on a CPU. Merging rounds once, to `dtype`:
+    exact in float32, in bfloat16 as exact as any other rounding of a step. With merge=False the
+    adapters stay at work.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, merge: bool = True) -> None:
@@ -75,6 +77,7 @@ class DecodeWeights:
         if merge:
             self._merge_adapters(model, dtype)
         self._cast_weights(dtype)
+        self._packed = packed_linears(self.model.get_decoder())
         self.refresh()
 
     def _merge_adapters(self, model: Any, dtype: torch.dtype) -> None:
@@ -100,11 +103,13 @@ class DecodeWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the model's present weights, in place: a captured graph sees them."""
+        """Take over the model's present weights; on a GPU in place: a captured graph sees them."""
         for layer, weight in self._merged:
             weight.copy_(merged_weight(layer))
         for source, weight in self._cast:
             weight.copy_(source)
+        for linear in self._packed:
+            linear.pack()
 
 
 @torch.no_grad()

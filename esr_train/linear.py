@@ -15,15 +15,15 @@ FEWEST_WEIGHTS = 100_000
 
 
 class PackedLinear(torch.nn.Linear):
-    """A `torch.nn.Linear` made over by `packed_linears`: `pack` takes its present weight over.
+    """A `torch.nn.Linear` made over by `packed_linears`, without gradient.
 
-    It has no gradient.
+    It multiplies by the weight that it was last given; its own it does not need.
     """
 
     packed: Tensor
 
-    def pack(self) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+    def pack(self, weight: Tensor) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def forward(self, input: Tensor) -> Tensor:
         # The operator that Inductor takes.

@@ -40,7 +40,7 @@ def test_the_product_is_exact_to_rounding(width, out, bias):
         return linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
 
     for _ in range(2):
-        packed.pack()
+        packed.pack(layer.weight)
         # One row is a dot product in eager, whose sums are in another order than those of many.
         eager = [(linear(x, layer.weight, layer.bias), truth(x)) for x in inputs if len(x)]
         for x in inputs:

@@ -31,6 +31,7 @@ from esr_train.attention import (
     takes_layouts,
 )
 from esr_train.errors import first_line
+from esr_train.linear import PackedLinear, packed_linears
 
 
 def merged_weight(layer: Any) -> Tensor:
@@ -59,8 +60,9 @@ class DecodeWeights:
     """A twin of `model` to decode with: adapters merged, weights in `dtype`, refreshed on demand.
 
     Tensors that need neither are the model's own: without LoRA and in the model's dtype the twin
-    costs nothing. Merging rounds once, to `dtype`: exact in float32, in bfloat16 as exact as any
-    other rounding of a step. With merge=False the adapters stay at work.
+    costs nothing, but for the copies of `packed_linears` on a CPU. Merging rounds once, to `dtype`:
+    exact in float32, in bfloat16 as exact as any other rounding of a step. With merge=False the
+    adapters stay at work.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, merge: bool = True) -> None:
@@ -70,11 +72,16 @@ class DecodeWeights:
             # Whatever the student attends with: the twin has a configuration of its own.
             self.model.set_attn_implementation("eager")
             accept_layouts(self.model)
-        self._merged: list[tuple[Any, Tensor]] = []  # an adapted layer, its weight in the twin
+        self._merged: list[tuple[Any, Any]] = []  # an adapted layer, the plain one in the twin
         self._cast: list[tuple[Tensor, Tensor]] = []  # a weight, the twin's of another dtype
         if merge:
             self._merge_adapters(model, dtype)
         self._cast_weights(dtype)
+        self._packed = packed_linears(self.model.get_decoder())
+        for _, plain in self._merged:
+            if plain in self._packed:  # straight from what is merged
+                self._packed.remove(plain)
+                plain.weight = None
         self.refresh()
 
     def _merge_adapters(self, model: Any, dtype: torch.dtype) -> None:
@@ -84,7 +91,7 @@ class DecodeWeights:
                 weight = torch.empty_like(plain.weight, dtype=dtype, requires_grad=False)
                 plain.weight = torch.nn.Parameter(weight, requires_grad=False)
                 self.model.set_submodule(name, plain)
-                self._merged.append((layer, plain.weight))
+                self._merged.append((layer, plain))
 
     def _cast_weights(self, dtype: torch.dtype) -> None:
         twins: dict[int, torch.nn.Parameter] = {}  # tied weights stay tied
@@ -100,11 +107,16 @@ class DecodeWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the model's present weights, in place: a captured graph sees them."""
-        for layer, weight in self._merged:
-            weight.copy_(merged_weight(layer))
+        """Take over the model's present weights; on a GPU in place: a captured graph sees them."""
+        for layer, plain in self._merged:
+            if isinstance(plain, PackedLinear):
+                plain.pack(merged_weight(layer))
+            else:
+                plain.weight.copy_(merged_weight(layer))
         for source, weight in self._cast:
             weight.copy_(source)
+        for linear in self._packed:
+            linear.pack(linear.weight)
 
 
 @torch.no_grad()

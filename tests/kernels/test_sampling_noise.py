@@ -10,7 +10,7 @@ from kl_cases import DEVICE, IMPLS
 from sampling_cases import draw, make_state
 
 from esr_kernels.sampling import kernels
-from esr_kernels.sampling.reference import gumbel, philox, random_words
+from esr_kernels.sampling.reference import exponential, philox, random_words
 
 WORD = 0xFFFFFFFF
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
@@ -26,6 +26,10 @@ def word(seed: int, row: int, step: int, column: int) -> int:
                    first >> 32 ^ counter[3] ^ key[1], first & WORD]  # fmt: skip
         key = [key[0] + 0x9E3779B9 & WORD, key[1] + 0xBB67AE85 & WORD]
     return counter[rest // 1024]
+
+
+def gumbel(words: torch.Tensor) -> torch.Tensor:
+    return -exponential(words).log()
 
 
 def noise(seed: int, row: int, step: int, column: int) -> float:

@@ -1,6 +1,7 @@
 """The decoder: states as a fresh pass has them, and a twin that follows the model's weights."""
 
 import gc
+import sys
 import weakref
 
 import pytest
@@ -18,6 +19,7 @@ from esr_train.decoder import (
     merged_weight,
     no_host_reads,
 )
+from esr_train.linear import PackedLinear
 
 PROMPTS = torch.tensor([[0, 0, 0, 7, 8, 9], [11, 12, 13, 14, 15, 16], [0, 0, 0, 0, 0, 21]])
 MASK = PROMPTS > 0
@@ -157,11 +159,16 @@ def logits(model):
     return model(input_ids=PROMPTS[1:2], use_cache=False).logits
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("merge", [True, False])
-def test_the_twin_computes_what_the_student_does(merge):
+def test_the_twin_computes_what_the_student_does(merge, packed, monkeypatch):
+    monkeypatch.setattr("esr_train.linear.FEWEST_WEIGHTS", 0 if packed else sys.maxsize)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     model = lora_student().train()
     core = model.get_base_model()
     weights = DecodeWeights(core, torch.float32, merge)
+    made_over = [m for m in weights.model.modules() if isinstance(m, PackedLinear)]
+    assert bool(made_over) is (packed and torch.backends.mkldnn.is_available())
     for _ in range(2):
         expected = logits(core.eval())
         core.train()

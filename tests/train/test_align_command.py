@@ -38,7 +38,9 @@ def test_the_documented_example_is_what_the_command_prints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
-    text, command, printed = re.findall(r"```\w+\n(.*?)```", document, re.DOTALL)[:3]
+    text, command, printed = re.findall(
+        r"```text\n(.*?)```.*?```bash\n(.*?)```.*?```console\n(.*?)```", document, re.DOTALL
+    )[0]
     (tmp_path / "response.txt").write_bytes(text.rstrip("\n").encode())
     words = command.splitlines()[-1].replace("zoo/", f"{folder}/").split()
     assert words[:4] == ["python", "-m", "esr_train", "align"]

@@ -117,11 +117,12 @@ def table(runs: list[dict[str, Any]]) -> str:
         seeds = list(dict.fromkeys(run["seed"] for run in own))
         first = [next(run["before"] for run in own if run["seed"] == seed) for seed in seeds]
         made.add_row(name, "-", "untrained", *_cells(first))
-        for variant in dict.fromkeys(tuple(run["variant"]) for run in own):
+        for variant in VARIANTS:
             alignment, projection, estimator = variant
             loss = projection if estimator == "full" else estimator
             rows = [run["after"] for run in own if tuple(run["variant"]) == variant]
-            made.add_row(name, alignment, loss, *_cells(rows))
+            if rows:
+                made.add_row(name, alignment, loss, *_cells(rows))
     return as_markdown(made)
 
 

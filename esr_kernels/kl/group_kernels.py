@@ -188,7 +188,6 @@ def share_kernel(
     # Relative to the class's peak: the digits of a class far below the others, or without mass.
     z -= tl.load(peaks_ptr + classes, mask=covered, other=0.0)
     z += tl.load(grouped_ptr + classes, mask=covered, other=0.0)
-    z = tl.where(z < _NO_MASS, _NO_MASS, z)
     z = tl.where(covered, z, -float("inf"))
     rest = tl.load(grouped_ptr + num_columns)
     z = tl.where(mask, z, rest)

@@ -66,19 +66,20 @@ def make_classes(
     """The teacher's ids, and under a student map the student's, by the classes that both reach."""
     if student_map is None:
         return make_groups(vocab_map, vocab_size), None
-    common = [_reached_by(student_map, vocab_map, vocab_size)]
-    common += [_reached_by(vocab_map, student_map, vocab_size)]
-    class_of = common[1].to(torch.int32)
-    groups = make_groups(common[1], vocab_size, rest=False)
-    del common[1]
-    return make_groups(common[0], vocab_size), StudentClasses(class_of, groups)
+    vocab_map, student_map = (
+        _reached_by(student_map, vocab_map, vocab_size),
+        _reached_by(vocab_map, student_map, vocab_size),
+    )
+    groups = make_groups(student_map, vocab_size, rest=False)
+    classes = StudentClasses(student_map.to(torch.int32), groups)
+    del student_map
+    return make_groups(vocab_map, vocab_size), classes
 
 
 def _reached_by(other: torch.Tensor, own: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """`own` with -1 for the classes that `other` does not reach."""
     reached = torch.zeros(vocab_size + 1, dtype=torch.bool, device=own.device)
-    reached.index_fill_(0, other, True)
-    reached[-1] = False  # the place of -1
+    reached.index_fill_(0, other, True)  # the last is -1
     return torch.where(reached[own], own, -1)
 
 
@@ -118,7 +119,7 @@ def torch_share(logits: torch.Tensor, share: Share) -> None:
         # Relative to the class's peak: the digits of a class far below the others, or without mass.
         z -= peaks.index_select(0, class_of).T
         z += sums.log_().neg_().add_(share.grouped[rows].T).index_select(0, class_of).T
-        z.clamp_(min=NO_MASS).masked_fill_(uncovered, -torch.inf)
+        z.masked_fill_(uncovered, -torch.inf)
         del peaks, sums
 
 

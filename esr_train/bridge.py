@@ -14,6 +14,7 @@ from esr_train.align.aligner import Aligner, Alignment
 from esr_train.align.vocabulary import Vocabulary
 from esr_train.config import TrainConfig
 from esr_train.data import Prompts, pad_left
+from esr_train.errors import UserError
 
 # A run that compares less than this share of its tokens, for so many steps, is stopped.
 LEAST_COVERAGE = 0.2
@@ -40,15 +41,16 @@ class Rollout:
         return len(self.student.targets if self.aligned is None else self.aligned.student_rows)
 
     def spans(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Runs of tokens, of student and teacher, that spell the same text: first and stop of each.
+        """Runs of tokens, of student and teacher, that spell the same text.
 
-        [k] int64 each: student's first and stop, teacher's first and stop.
+        [m] int64 each: student's first and stop, teacher's first and stop; a token each of one
+        tokenizer. Of a rollout that was read for the sampled estimator, which compares them.
         """
         if self.aligned is None:
             first = torch.arange(len(self.student.targets), device=self.student.targets.device)
             return first, first + 1, first, first + 1
-        whole = self.aligned.select(self.aligned.student_stops >= 0)
-        return whole.student_rows, whole.student_stops, whole.teacher_rows, whole.teacher_stops
+        own = self.aligned
+        return own.student_rows, own.student_stops, own.teacher_rows, own.teacher_stops
 
 
 class Bridge:
@@ -67,7 +69,7 @@ class Bridge:
         """Raises UserError where the tokenizers cannot be aligned."""
         assert vocabulary.teacher is not None
         self.teacher = vocabulary.teacher
-        self.alignment = config.alignment
+        self.alignment, self.estimator = config.alignment, config.loss_estimator
         self.teacher_prompts = prompts.teacher_ids
         sides = (vocabulary, vocabulary.teacher)
         eos = [turn_end_first(side) if prompts.templated else side.eos_token_ids for side in sides]
@@ -80,6 +82,14 @@ class Bridge:
             starts_text=prompts.templated,
         )
         self._own = self.aligner.own()
+        past = self.aligner.teacher.token_bytes[self.teacher.size :]
+        if any(past):
+            name = next(piece for piece in past if piece)
+            raise UserError(
+                f"the teacher's tokenizer may write {name.decode(errors='replace')!r}, whose id is "
+                f"past the {self.teacher.size} rows of its LM head: take that token out of its "
+                "tokenizer.json, or choose another teacher"
+            )
         rows = {"student_rows": vocabulary.size, "teacher_rows": self.teacher.size}
         vocab_map, student_map = self.aligner.vocab_maps(config.vocab_projection, **rows)
         self.vocab_map = vocab_map.to(device)
@@ -95,8 +105,8 @@ class Bridge:
         aligned = self.aligner.align(responses)
         spelled = self._own.align(responses).span_coverage
         if self.teacher.context_length is not None:
-            longest = max(map(len, teacher_prompts))
-            aligned = aligned.cut(self.teacher.context_length - longest)
+            lengths = torch.tensor([len(prompt) for prompt in teacher_prompts])
+            aligned = aligned.cut(self.teacher.context_length - lengths)
         device = batch.targets.device
         teacher = rollout_batch(
             *pad_left(teacher_prompts, self.teacher.pad_token_id, device),
@@ -110,7 +120,22 @@ class Bridge:
         }
         if self.alignment == "span":
             aligned = aligned.select(aligned.span_aligned)
+        if self.estimator == "sampled":
+            aligned = aligned.select(self._whole_runs(aligned, responses))
         return Rollout(batch, teacher, aligned.to(device), coverage)
+
+    def _whole_runs(self, aligned: Alignment, responses: list[list[int]]) -> Tensor:
+        """[m] bool: the run from there has an end, and that is not where the rollout was cut.
+
+        What the teacher writes at a cut (" 4" of " 42") it would not have written without it.
+        """
+        stops, stop = [], 0
+        for response in responses:
+            stop += len(response)
+            if response[-1] not in self.aligner.student_eos_token_ids:
+                stops.append(stop)
+        cut = torch.isin(aligned.student_stops, torch.tensor(stops, dtype=torch.int64))
+        return (aligned.student_stops >= 0) & ~cut
 
 
 def make_bridge(
@@ -121,19 +146,20 @@ def make_bridge(
 
 
 def turn_end_first(vocabulary: Vocabulary) -> tuple[int, ...]:
-    """The EOS ids, the one first that the chat template closes an answer with.
+    """The EOS ids, the one first that the chat template puts behind an answer.
 
     A model may have others (Gemma's <eos> beside <end_of_turn>), which its answers never end with.
     """
     tokenizer, ids = vocabulary.tokenizer, vocabulary.eos_token_ids
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    answer = "This is the answer"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # Jinja's and the template's own: it is for prompts alone
         return ids
-    written = tokenizer(text, add_special_tokens=False)["input_ids"]
-    last = next((id for id in reversed(written) if id in ids), ids[0])
-    return (last, *(id for id in ids if id != last))
+    behind = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    end = next((id for id in behind if id in ids), ids[0])
+    return (end, *(id for id in ids if id != end))
 
 
 def _split(batch: RolloutBatch) -> tuple[list[list[int]], list[list[int]]]:
@@ -157,7 +183,7 @@ class Coverage:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Any] = {}  # numbers, or on the device
         self._num_tokens = self._num_compared = 0
 
     def add(self, rollout: Rollout, stats: TokenStats | None) -> None:
@@ -171,15 +197,15 @@ class Coverage:
             self._add(name, share * num_tokens)
         if stats is not None:
             self._num_compared += rollout.num_compared
-            self._add("student_mass", float(stats.student_covered.sum()))
-            self._add("teacher_mass", float(stats.teacher_covered.sum()))
+            self._add("student_mass", stats.student_covered.sum())
+            self._add("teacher_mass", stats.teacher_covered.sum())
 
-    def _add(self, name: str, value: float) -> None:
+    def _add(self, name: str, value: Any) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
 
     def shares(self) -> dict[str, float]:
         return {
-            name: total / max(self._num_compared if "mass" in name else self._num_tokens, 1)
+            name: float(total) / max(self._num_compared if "mass" in name else self._num_tokens, 1)
             for name, total in self._sums.items()
         }
 
@@ -193,5 +219,6 @@ def coverage_error(records: Sequence[dict[str, Any]]) -> str | None:
         f"under {LEAST_COVERAGE:.0%} of the response tokens were compared in each of the last "
         f"{LOW_STEPS} steps ({last[-1]:.1%} in the last one): the two tokenizers seldom stand at "
         "the same place. `python -m esr_train align` shows what blocks them; --alignment start "
-        "compares more than span, or choose a teacher whose tokenizer is nearer"
+        "compares more than span: start a new run with it, or with a teacher whose tokenizer is "
+        "nearer. The last checkpoint is of this step"
     )

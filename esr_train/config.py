@@ -163,6 +163,10 @@ class TrainConfig:
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         share = self.vllm_gpu_memory_utilization
         _require(0 < share <= 1, "vllm_gpu_memory_utilization", "in (0, 1]", share)
+        if self.loss_estimator == "sampled" and self.temperature == 0:
+            raise UserError(
+                "loss_estimator sampled needs rollouts that are sampled: temperature 1, not 0"
+            )
         if self.use_vllm:
             self._check_vllm()
         if self.rollout_tokens > self.max_completion_length:

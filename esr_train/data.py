@@ -64,16 +64,22 @@ def load_prompts(
             train=encoded[: len(train)],
             eval=encoded[len(train) :],
             grade=lambda index, text: demo_task.grade(text, held_out[index].answer),
-            teacher_ids=_teacher_ids(texts, encoded, teacher, templated=False),
+            teacher_ids=_by_student_ids(
+                encoded, encode_prompts(texts, teacher.tokenizer, False, "teacher")
+            )
+            if teacher
+            else {},
         )
 
     rows = read_prompts(config)
     templated = is_templated(rows, tokenizer, config.apply_chat_template)
     encoded = encode_prompts(rows, tokenizer, templated)
-    _check_ids(config, encoded, vocabulary)
-    teacher_ids = _teacher_ids(rows, encoded, teacher, templated)
+    _check_ids(config, encoded, vocabulary, "student")
+    teacher_ids: dict[tuple[int, ...], list[int]] = {}
     if teacher:
-        _check_ids(config, list(teacher_ids.values()), teacher)
+        read = encode_prompts(rows, teacher.tokenizer, templated, "teacher")
+        _check_ids(config, read, teacher, "teacher")
+        teacher_ids = _by_student_ids(encoded, read)
     num_truncated = 0
     if config.long_prompts == "truncate":
         if teacher:
@@ -112,23 +118,26 @@ def load_prompts(
     )
 
 
-def _check_ids(config: TrainConfig, encoded: list[list[int]], vocabulary: Vocabulary) -> None:
+def _check_ids(
+    config: TrainConfig, encoded: list[list[int]], vocabulary: Vocabulary, role: str
+) -> None:
     for number, ids in enumerate(encoded, 1):
         if max(ids, default=0) >= vocabulary.size:
             token = vocabulary.tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(
-                f"dataset_name {config.dataset_name}, prompt {number}: {token!r} is id {max(ids)}, "
-                f"past the {vocabulary.size} ids that count"
+                f"dataset_name {config.dataset_name}, prompt {number}: the {role}'s token "
+                f"{token!r} is id {max(ids)}, past the {vocabulary.size} ids that count"
             )
 
 
-def _teacher_ids(
-    prompts: list[Any], encoded: list[list[int]], teacher: Vocabulary | None, templated: bool
+def _by_student_ids(
+    encoded: list[list[int]], read: list[list[int]]
 ) -> dict[tuple[int, ...], list[int]]:
-    if teacher is None:
-        return {}
-    ids = encode_prompts(prompts, teacher.tokenizer, templated, "teacher")
-    return {tuple(own): other for own, other in zip(encoded, ids, strict=True)}
+    """The first of several prompts that the student cannot tell apart."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for own, other in zip(encoded, read, strict=True):
+        found.setdefault(tuple(own), other)
+    return found
 
 
 def read_prompts(config: TrainConfig) -> list[Any]:
@@ -232,7 +241,10 @@ def encode_prompts(
                 tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             )
         except Exception as error:  # Jinja's and the template's own
-            raise UserError(f"prompt {number}: the chat template refused it ({error})") from error
+            raise UserError(
+                f"prompt {number}: the {role}'s chat template refused it ({error}): change the "
+                "messages, or the template in the model's folder"
+            ) from error
     # The template writes the special tokens itself.
     return _tokenize(texts, tokenizer, add_special_tokens=False)
 

@@ -108,6 +108,8 @@ def announce(run: Path, config: TrainConfig, pair: Pair, prompts: Prompts, first
             f"  two tokenizers ({pair.vocabulary.difference}): {config.alignment}-aligned tokens "
             f"are compared, vocabularies by {config.vocab_projection}"
         )
+    if config.loss_estimator == "sampled":
+        say("  loss estimated from the sampled tokens; unbiased at temperature 1 only")
     if prompts.num_truncated:
         say(
             f"  warning: cut {prompts.num_truncated:,} prompts on the left, too long for the "
@@ -316,7 +318,8 @@ def plot_curves(path: Path, results: dict[str, Any], records: list[dict[str, Any
     figure, (loss_axes, time_axes, kl_axes) = three_panels()
     loss_axes.plot(steps, [record["loss"] for record in records])
     loss_axes.set(title="Reverse KL of the rollouts", xlabel="step", ylabel="nats / token")
-    loss_axes.set_ylim(bottom=0)
+    if min(record["loss"] for record in records) >= 0:  # an estimate may be below
+        loss_axes.set_ylim(bottom=0)
     seconds = [[record["phases"][name]["seconds"] for record in records] for name in PHASES]
     time_axes.stackplot(steps, seconds, labels=[name.replace("_", " ") for name in PHASES])
     time_axes.set(title="Where a step's time goes", xlabel="step", ylabel="seconds")
@@ -332,8 +335,9 @@ def plot_profiles(axes: Any, profiles: dict[str, Any], results: dict[str, Any]) 
             # Positions that under 5 % of the responses reach are noise; single ones are spiky.
             profile = Evaluation.from_json(evaluation)
             counts = profile.tokens_by_position
-            reached = sum(count >= 0.05 * counts[0] for count in counts)
-            width = math.ceil(reached / 40)
+            fewest = 0.05 * max(counts, default=0)
+            reached = max((i + 1 for i, n in enumerate(counts) if n >= max(fewest, 1)), default=0)
+            width = max(1, math.ceil(reached / 40))
             starts = range(0, reached, width)
             means = [profile.mean_kl(start, start + width) for start in starts]
             axes.plot([start + width / 2 for start in starts], means, label=label)

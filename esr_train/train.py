@@ -3,7 +3,8 @@
     y ~ student(.|x)
     loss = sum over t <= min(N, |y|) of KL(student(.|x, y_<t) || teacher(.|x, y_<t))
 
-divided by the response tokens of the step. `rollout_tokens=0` is the same loop with no cutoff.
+divided by the response tokens of the step: with two tokenizers, those that are compared.
+`rollout_tokens=0` is the same loop with no cutoff.
 """
 
 from __future__ import annotations
@@ -116,8 +117,9 @@ def _train(
                 profile.step()
             log.append(record)
             bar.advance(record)
-            too_low = coverage_error(log.records)
-            if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps or too_low:
+            last = step + 1 == config.max_steps
+            too_low = None if last else coverage_error(log.records)
+            if (step + 1) % config.save_steps == 0 or last or too_low:
                 tokenizer = pair.vocabulary.tokenizer
                 save_checkpoint(run, step + 1, pair.student, tokenizer, optimizer, scheduler)
             if too_low:

@@ -46,25 +46,26 @@ class Alignment:
     teacher_stops: Tensor
     num_student_tokens: int
 
-    def cut(self, num_tokens: int) -> Alignment:
-        """With no more than so many teacher tokens a row; positions past them are lost."""
+    def cut(self, num_tokens: Tensor) -> Alignment:
+        """With at most num_tokens [B] teacher tokens a row, EOS for the last; others are lost."""
         ids = self.teacher_response_ids
-        width = ids.shape[1]
-        if width <= num_tokens:
-            return self
         # A row's length is up to its EOS, which closes the longest row and fills up the others.
         eos = ids[:, -1:]
         lengths = (ids == eos).int().argmax(dim=1) + 1
+        if (lengths <= num_tokens).all():
+            return self
         sequences = torch.repeat_interleave(torch.arange(len(ids)), lengths)[self.teacher_rows]
-        kept_lengths = lengths.clamp(max=num_tokens)
+        kept_lengths = torch.minimum(lengths, num_tokens)
         first = (lengths.cumsum(0) - lengths)[sequences]
         new_first = (kept_lengths.cumsum(0) - kept_lengths)[sequences]
-        kept = self.teacher_rows - first < num_tokens
-        whole = (self.teacher_stops >= 0) & (self.teacher_stops - first <= num_tokens)
+        stop = torch.where(lengths > num_tokens, num_tokens - 1, lengths)[sequences]
+        kept = self.teacher_rows - first < stop
+        whole = (self.teacher_stops >= 0) & (self.teacher_stops - first <= stop)
         moved = new_first - first
+        closed = torch.arange(ids.shape[1]) >= (kept_lengths - 1)[:, None]
         cut = replace(
             self,
-            teacher_response_ids=ids[:, :num_tokens],
+            teacher_response_ids=ids.where(~closed, eos)[:, : kept_lengths.max()],
             teacher_rows=self.teacher_rows + moved,
             student_stops=self.student_stops.where(whole, LOST),
             teacher_stops=(self.teacher_stops + moved).where(whole, LOST),
@@ -116,7 +117,7 @@ class Aligner:
         teacher_eos_token_ids: Sequence[int],
         starts_text: bool = True,
     ) -> None:
-        """Read both tokenizers. Raises UserError where their bytes are not known.
+        """Read both tokenizers. Raises UserError where their bytes or EOS are not known.
 
         eos_token_ids: what ends a response, at least one id a side. Any of one side stands for any
         of the other; the teacher's first one is what is written.
@@ -128,6 +129,12 @@ class Aligner:
                 raise UserError(f"the {role} has no EOS id; name those that end its responses")
         self.student = ByteTokenizer(student_tokenizer, "student", student_eos_token_ids)
         self.teacher = ByteTokenizer(teacher_tokenizer, "teacher", teacher_eos_token_ids)
+        if self.teacher.writes(teacher_eos_token_ids[0]):
+            name = teacher_tokenizer.convert_ids_to_tokens(teacher_eos_token_ids[0])
+            raise UserError(
+                f"the teacher's EOS {name!r} is ordinary text, which would end its responses in "
+                "the middle: name its special token first with --teacher_eos_token_ids"
+            )
         self.student_eos_token_ids = tuple(student_eos_token_ids)
         self.teacher_eos_token_ids = tuple(teacher_eos_token_ids)
         self.starts_text = starts_text

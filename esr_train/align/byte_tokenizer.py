@@ -101,6 +101,11 @@ class ByteTokenizer:
                 found[index] = token["content"].encode()
         return found
 
+    def writes(self, index: int) -> bool:
+        """Whether text may be cut into this id."""
+        added = {token["id"]: token["special"] for token in self._parts["added_tokens"]}
+        return not added.get(index, index in _no_text(self._parts))
+
     @cached_property
     def fingerprint(self) -> str:
         """Equal for tokenizers that behave alike here."""

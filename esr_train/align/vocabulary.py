@@ -50,6 +50,11 @@ def load_vocabulary(config: TrainConfig) -> Vocabulary:
     limits = [getattr(model, "max_position_embeddings", None) for model in models]
     difference = tokenizer_difference(tokenizers[0], tokenizers[1], min(rows))
     if difference is None:
+        if config.teacher_eos_token_ids:
+            raise UserError(
+                "teacher_eos_token_ids are of a teacher with another tokenizer, and these two "
+                "share one: leave them out, or name the student's with eos_token_ids"
+            )
         common = min((limit for limit in limits if limit), default=None)
         return _vocabulary(config, "model_name_or_path", tokenizers[0], min(rows), common)
     student, teacher = (

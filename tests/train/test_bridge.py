@@ -12,8 +12,15 @@ import pytest
 import torch
 from tiny_models import CHAT_TEMPLATE, SHAPE, make_tokenizer, save
 from tokenizer_zoo import EOS, zoo
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from esr_kernels import rollout_batch
 from esr_train import bridge as bridge_module
 from esr_train import train as train_module
 from esr_train.align import Aligner, Vocabulary, load_vocabulary
@@ -329,7 +336,7 @@ def test_own_spelling_is_the_share_of_tokens_that_the_tokenizer_would_write() ->
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in ("\u0120", "t", "h", "e")]
     assert aligner.own().align([[*whole, EOS]]).span_coverage == 1
     written = aligner.own().align([[*whole, *letters]])
-    assert written.span_coverage == len(whole) / len(written.student_rows.new_zeros(len(whole) + 4))
+    assert written.span_coverage == len(whole) / (len(whole) + 4)
 
 
 def test_a_context_that_is_too_short_loses_its_positions_only() -> None:
@@ -340,37 +347,44 @@ def test_a_context_that_is_too_short_loses_its_positions_only() -> None:
     whole = aligner.align(rows)
     lengths = [len([*aligner.teacher.encode([text], True)[0], EOS]) for text in texts]
     starts = [sum(lengths[:i]) for i in range(3)]
-    assert whole.cut(max(lengths)) is whole
-    for limit in range(1, max(lengths)):
+    assert whole.cut(torch.tensor(lengths)) is whole
+    limits = [torch.full((3,), limit) for limit in range(1, max(lengths))]
+    for limit in (*limits, torch.tensor([3, 100, 9]), torch.tensor([100, 1, 2])):
         cut = aligner.align(rows).cut(limit)
-        new_starts = [sum(min(n, limit) for n in lengths[:i]) for i in range(3)]
+        kept_lengths = [min(n, most) for n, most in zip(lengths, limit.tolist(), strict=True)]
+        new_starts = [sum(kept_lengths[:i]) for i in range(3)]
+        # Of a row that is cut the last token is EOS, which nothing is aligned with.
+        last = [n if n == kept else kept - 1 for n, kept in zip(lengths, kept_lengths, strict=True)]
         expected = []
         for row, teacher_row, stop, teacher_stop in zip(
             whole.student_rows.tolist(), whole.teacher_rows.tolist(),
             whole.student_stops.tolist(), whole.teacher_stops.tolist(), strict=True,
         ):  # fmt: skip
             sequence = max(i for i in range(3) if starts[i] <= teacher_row)
-            place = teacher_row - starts[sequence]
-            if place >= limit:
+            if teacher_row - starts[sequence] >= last[sequence]:
                 continue
             moved = new_starts[sequence] - starts[sequence]
-            reached = teacher_stop >= 0 and teacher_stop - starts[sequence] <= limit
+            reached = teacher_stop >= 0 and teacher_stop - starts[sequence] <= last[sequence]
             stops = (stop, teacher_stop + moved) if reached else (-1, -1)
             expected.append((row, teacher_row + moved, *stops))
-        assert cut.teacher_response_ids.shape[1] == limit
         names = ("student_rows", "teacher_rows", "student_stops", "teacher_stops")
         found = list(zip(*(getattr(cut, name).tolist() for name in names), strict=True))
         assert found == expected
+        batch = rollout_batch(
+            torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1, dtype=torch.bool),
+            cut.teacher_response_ids, eos_token_ids=[EOS],
+        )  # fmt: skip
+        assert batch.response_lengths.tolist() == kept_lengths
 
 
 def test_a_long_response_fits_the_teachers_context(two: TrainConfig) -> None:
     pair, prompts, engine = set_up(two)
     assert pair.bridge is not None
     longest = max(len(ids) for ids in prompts.teacher_ids.values())
-    pair.bridge.teacher = dataclasses.replace(pair.bridge.teacher, context_length=longest + 3)
+    pair.bridge.teacher = dataclasses.replace(pair.bridge.teacher, context_length=longest + 4)
     batch = generate(pair, engine, prompts.train[:4], 30)
     rollout = pair.read(batch)
-    assert rollout.teacher.max_seqlen <= longest + 3
+    assert rollout.teacher.max_seqlen <= longest + 4
     assert 0 < rollout.num_compared < len(batch.targets)
     assert rollout.aligned.teacher_rows.max() < len(rollout.teacher.targets)
 
@@ -380,6 +394,8 @@ def test_the_eos_that_the_template_writes_comes_first() -> None:
     vocabulary = Vocabulary(tokenizer, 300, (0, 5, 2), 0, None)
     assert turn_end_first(vocabulary) == (2, 0, 5)
     assert turn_end_first(dataclasses.replace(vocabulary, eos_token_ids=(0, 5))) == (0, 5)
+    tokenizer.chat_template = CHAT_TEMPLATE + "<|endoftext|>"  # as Phi-3's
+    assert turn_end_first(vocabulary) == (2, 0, 5)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert turn_end_first(vocabulary) == (0, 5, 2)
 
@@ -398,12 +414,119 @@ def test_prompts_are_dropped_that_are_too_long_for_either(two: TrainConfig) -> N
         ({"long_prompts": "truncate"}, "cuts at a token, and the teacher's tokenizer has others"),
         ({"teacher_eos_token_ids": [4000]}, "teacher_eos_token_ids must be ids from 0 to 30"),
         ({"max_completion_length": 200}, "student or teacher has a context of 128 tokens"),
+        ({"teacher_eos_token_ids": [500]}, "the teacher's EOS '.+' is ordinary text"),
     ],
 )
 def test_options_that_cannot_be(two: TrainConfig, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(dataclasses.replace(two, **changes))
     assert not Path(str(two.output_dir)).exists()
+
+
+def test_options_of_two_tokenizers_are_refused_for_one(config: TrainConfig) -> None:
+    with pytest.raises(UserError, match="these two share one"):
+        train(dataclasses.replace(config, teacher_eos_token_ids=[2]))
+    with pytest.raises(UserError, match="needs rollouts that are sampled"):
+        dataclasses.replace(config, loss_estimator="sampled", temperature=0.0)
+
+
+def test_a_token_past_the_teachers_head_is_refused(
+    two: TrainConfig, other_teacher_path: Path, tmp_path: Path
+) -> None:
+    path = teacher_copy(other_teacher_path, tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(TEACHER_ROWS + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(
+        UserError, match=rf"may write '<extra\d+>', .* past the {TEACHER_ROWS} rows"
+    ):
+        train(dataclasses.replace(two, teacher_model_name_or_path=str(path)))
+
+
+def test_where_a_rollout_is_cut_the_sampled_estimator_compares_nothing(two: TrainConfig) -> None:
+    """The teacher would not have written what the cut leaves of a word."""
+    config = dataclasses.replace(two, loss_estimator="sampled")
+    pair, prompts, engine = set_up(config)
+    assert pair.bridge is not None
+    batch = generate(pair, engine, prompts.train[:8], 8)
+    stops = batch.response_lengths.cumsum(0)
+    ended = torch.isin(batch.targets[stops - 1], torch.tensor(pair.vocabulary.eos_token_ids))
+    _, stop, _, _ = pair.read(batch).spans()
+    assert (stop >= 0).all()
+    assert set(stop.tolist()) & set(stops.tolist()) == set(stops[ended].tolist())
+    pair.bridge.estimator = "full"
+    rows = pair.read(batch).aligned
+    assert rows is not None
+    assert len(rows.student_rows) > len(stop)
+
+
+@pytest.mark.parametrize("alignment", ["start", "span"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_padded_batches_give_the_same_step(
+    two: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alignment: Any, softcap: Any
+) -> None:
+    if softcap:
+        torch.manual_seed(0)
+        words = {"head_dim": 8, "final_logit_softcapping": softcap, "eos_token_id": 2}
+        model = Gemma2ForCausalLM(Gemma2Config(vocab_size=300, hidden_size=32, **SHAPE, **words))
+        path = save(tmp_path / "gemma2", model, make_tokenizer())
+        two = dataclasses.replace(two, model_name_or_path=str(path))
+    config = dataclasses.replace(two, alignment=alignment)
+    records = []
+    for reason in (None, "for a test"):
+        if reason:
+            monkeypatch.setattr("esr_train.models.enable_packing", lambda model: "for a test")
+            monkeypatch.setattr("warnings.warn", lambda *_, **__: None)
+        pair, prompts, engine = set_up(config)
+        steps = config, pair, engine, prompts, *make_optimizer(config, pair), PhaseMeter(CPU)
+        records.append(train_step(0, *steps))
+    for name in ("loss", "grad_norm"):
+        assert records[0][name] == pytest.approx(records[1][name], rel=1e-4)
+    assert records[0]["coverage"] == pytest.approx(records[1]["coverage"], rel=1e-4)
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_the_sampled_estimator_of_one_tokenizer(config: TrainConfig, use_peft: bool) -> None:
+    given = dataclasses.replace(
+        config, loss_estimator="sampled", use_peft=use_peft, temperature=1.0, max_grad_norm=0.0
+    )
+    pair, prompts, engine = set_up(given)
+    for name, parameter in pair.student.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    rollout = pair.read(generate(pair, engine, prompts.train[:6], 8))
+    pair.sampled_reverse_kl(rollout, pair.score(rollout)).sum().backward()
+    found = {n: p.grad.clone() for n, p in pair.student.named_parameters() if p.grad is not None}
+    pair.student.zero_grad()
+    size, targets = pair.vocabulary.size, rollout.student.targets
+    own = log_probs(transformer(pair.student).double(), rollout.student, size)
+    other = log_probs(pair.teacher.double(), rollout.student, size)
+    terms = [
+        (mine[i] - theirs[i]).detach() * mine[i]
+        for mine, theirs, i in zip(own, other, targets, strict=True)
+    ]
+    torch.stack(terms).sum().backward()
+    expected = {n: p.grad for n, p in pair.student.named_parameters() if p.grad is not None}
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-8, name
+
+
+def test_a_run_of_which_nothing_is_compared_still_ends(
+    two: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Bridge.read
+
+    def nothing(bridge: Bridge, batch: Any) -> Any:
+        rollout = real(bridge, batch)
+        none = torch.zeros(len(rollout.aligned.student_rows), dtype=torch.bool)
+        return dataclasses.replace(rollout, aligned=rollout.aligned.select(none))
+
+    monkeypatch.setattr(Bridge, "read", nothing)
+    results = train(dataclasses.replace(two, max_steps=LOW_STEPS))
+    assert results["after"]["coverage"]["compared"] == 0
+    assert results["after"]["kl_inside"] is None
+    assert (tmp_path / "run/curves.png").exists()
 
 
 def teacher_copy(source: Path, target: Path) -> Path:

@@ -84,7 +84,7 @@ def test_chat_template():
     assert encode_prompts(["Hi"], tokenizer, True) == templated
     assert encode_prompts([messages], tokenizer, True) == templated
     assert encode_prompts(["Hi"], tokenizer, False) == plain
-    with pytest.raises(UserError, match="prompt 2: the chat template refused it"):
+    with pytest.raises(UserError, match="prompt 2: the student's chat template refused it"):
         encode_prompts([messages, [{"role": "user"}, 5]], tokenizer, True)
     tokenizer.chat_template = None
     assert not is_templated(["Hi"], tokenizer, None)
@@ -126,7 +126,9 @@ def test_prompts_that_cannot_be_read_by_both_models(config, tmp_path):
     load_prompts(rare, vocabulary, max_prompt_tokens=100)
     last = tokenizer.convert_ids_to_tokens(300)
     rare = with_file(config, tmp_path / "q.jsonl", json.dumps({"prompt": last}))
-    with pytest.raises(UserError, match=f"prompt 1: '{last}' is id 300, past the 300 ids"):
+    with pytest.raises(
+        UserError, match=f"prompt 1: the student's token '{last}' is id 300, past the 300 ids"
+    ):
         load_prompts(rare, vocabulary, max_prompt_tokens=100)
 
 

@@ -396,6 +396,11 @@ def test_the_eos_that_the_template_writes_comes_first() -> None:
     assert turn_end_first(dataclasses.replace(vocabulary, eos_token_ids=(0, 5))) == (0, 5)
     tokenizer.chat_template = CHAT_TEMPLATE + "<|endoftext|>"  # as Phi-3's
     assert turn_end_first(vocabulary) == (2, 0, 5)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}"
+        "{{ '<|endoftext|>' if m.role == 'user' else '<|im_end|>' }}{% endfor %}"
+    )
+    assert turn_end_first(vocabulary) == (2, 0, 5)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert turn_end_first(vocabulary) == (0, 5, 2)
 

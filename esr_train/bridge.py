@@ -69,7 +69,7 @@ class Bridge:
         """Raises UserError where the tokenizers cannot be aligned."""
         assert vocabulary.teacher is not None
         self.teacher = vocabulary.teacher
-        self.alignment, self.estimator = config.alignment, config.loss_estimator
+        self.alignment = config.alignment
         self.teacher_prompts = prompts.teacher_ids
         sides = (vocabulary, vocabulary.teacher)
         eos = [turn_end_first(side) if prompts.templated else side.eos_token_ids for side in sides]
@@ -95,9 +95,10 @@ class Bridge:
         self.vocab_map = vocab_map.to(device)
         self.student_map = None if student_map is None else student_map.to(device)
 
-    def read(self, batch: RolloutBatch) -> Rollout:
+    def read(self, batch: RolloutBatch, estimator: str = "full") -> Rollout:
         """The student's batch as the teacher reads it: its prompts, and its spelling of the text.
 
+        estimator: "sampled" compares runs of tokens, where they are settled; "full" the tokens.
         Response tokens that the teacher's context has no place for are not compared.
         """
         prompts, responses = _split(batch)
@@ -120,22 +121,12 @@ class Bridge:
         }
         if self.alignment == "span":
             aligned = aligned.select(aligned.span_aligned)
-        if self.estimator == "sampled":
-            aligned = aligned.select(self._whole_runs(aligned, responses))
+        num_tokens = len(aligned.student_rows)
+        if estimator == "sampled":
+            aligned = aligned.select(aligned.settled)
+            num_tokens = int((aligned.student_stops - aligned.student_rows).sum())
+        coverage["compared"] = num_tokens / max(aligned.num_student_tokens, 1)
         return Rollout(batch, teacher, aligned.to(device), coverage)
-
-    def _whole_runs(self, aligned: Alignment, responses: list[list[int]]) -> Tensor:
-        """[m] bool: the run from there has an end, and that is not where the rollout was cut.
-
-        What the teacher writes at a cut (" 4" of " 42") it would not have written without it.
-        """
-        stops, stop = [], 0
-        for response in responses:
-            stop += len(response)
-            if response[-1] not in self.aligner.student_eos_token_ids:
-                stops.append(stop)
-        cut = torch.isin(aligned.student_stops, torch.tensor(stops, dtype=torch.int64))
-        return (aligned.student_stops >= 0) & ~cut
 
 
 def make_bridge(
@@ -192,7 +183,6 @@ class Coverage:
             return
         num_tokens = len(rollout.student.targets)
         self._num_tokens += num_tokens
-        self._add("compared", rollout.num_compared)
         for name, share in rollout.coverage.items():
             self._add(name, share * num_tokens)
         if stats is not None:

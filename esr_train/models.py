@@ -257,9 +257,9 @@ class Pair:
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
 
-    def read(self, batch: RolloutBatch) -> Rollout:
-        """What the student wrote, as the teacher reads it."""
-        return self.bridge.read(batch) if self.bridge else Rollout(batch, batch)
+    def read(self, batch: RolloutBatch, estimator: str = "full") -> Rollout:
+        """What the student wrote, as the teacher reads it, for a `loss_estimator`."""
+        return self.bridge.read(batch, estimator) if self.bridge else Rollout(batch, batch)
 
     def response_states(
         self, model: Any, batch: RolloutBatch, rows: Tensor | None = None

@@ -109,7 +109,10 @@ def announce(run: Path, config: TrainConfig, pair: Pair, prompts: Prompts, first
             f"are compared, vocabularies by {config.vocab_projection}"
         )
     if config.loss_estimator == "sampled":
-        say("  loss estimated from the sampled tokens; unbiased at temperature 1 only")
+        say(
+            "  loss estimated from the sampled tokens: unbiased with one tokenizer, temperature 1, "
+            "no top_p and no top_k"
+        )
     if prompts.num_truncated:
         say(
             f"  warning: cut {prompts.num_truncated:,} prompts on the left, too long for the "

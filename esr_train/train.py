@@ -154,7 +154,7 @@ def train_step(
             for batch in step_batches(step, config, prompts)
         ]
     with phase("teacher_scoring"):
-        read = [pair.read(rollout) for rollout in rollouts]
+        read = [pair.read(rollout, config.loss_estimator) for rollout in rollouts]
     # The mean is over the compared tokens of the whole step, not of a batch.
     num_compared = sum(rollout.num_compared for rollout in read)
     normalizer = torch.full((), num_compared, device=pair.device)

@@ -23,6 +23,9 @@ from esr_train.align.spelling import LOST, Spelled, readable
 from esr_train.align.vocab_map import project_vocabulary
 from esr_train.errors import UserError
 
+# In letters. What is longer, or has no spaces as Chinese, is cut there.
+LONGEST_WORD = 32
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -36,6 +39,8 @@ class Alignment:
     student_stops, teacher_stops: [m] int64. student_rows[i] .. student_stops[i] is the shortest run
     of tokens from there that spells the same bytes as teacher_rows[i] .. teacher_stops[i]; -1 where
     there is none, because the text is cut or changed.
+    settled: [m] bool: that run is there, and ends before the last word of a response that was cut:
+    what is left of a word, the teacher spells otherwise than the whole.
     num_student_tokens: response tokens in all, aligned or not.
     """
 
@@ -44,6 +49,7 @@ class Alignment:
     teacher_rows: Tensor
     student_stops: Tensor
     teacher_stops: Tensor
+    settled: Tensor
     num_student_tokens: int
 
     def cut(self, num_tokens: Tensor) -> Alignment:
@@ -69,6 +75,7 @@ class Alignment:
             teacher_rows=self.teacher_rows + moved,
             student_stops=self.student_stops.where(whole, LOST),
             teacher_stops=(self.teacher_stops + moved).where(whole, LOST),
+            settled=self.settled & whole,
         )
         return cut.select(kept)
 
@@ -87,6 +94,7 @@ class Alignment:
             teacher_rows=change(self.teacher_rows),
             student_stops=change(self.student_stops),
             teacher_stops=change(self.teacher_stops),
+            settled=change(self.settled),
         )
 
     @property
@@ -154,6 +162,7 @@ class Aligner:
         texts: list[str] = []
         text_marks = []  # of each text's first byte
         changes = []
+        stumps = []
         size = 0
         for row, response in enumerate(response_ids):
             raw = student.raw(row)
@@ -168,9 +177,12 @@ class Aligner:
             size += len(texts[-1].encode()) + 3
             if ended:
                 student.close(row, size - 2)
-        changed = np.zeros(size, dtype=bool)
-        for first, stop in changes:
-            changed[first:stop] = True
+            else:
+                stumps.append((size - 2 - _last_word(texts[-1]), size))
+        changed, in_stump = (np.zeros(size, dtype=bool) for _ in range(2))
+        for mask, stretches in ((changed, changes), (in_stump, stumps)):
+            for first, stop in stretches:
+                mask[first:stop] = True
 
         eos = self.teacher_eos_token_ids[0]
         encoded = self.teacher.encode(texts, self.starts_text)
@@ -198,12 +210,15 @@ class Aligner:
         student_rows = known[rows_at[student.starts[known]] >= 0]
         teacher_rows = rows_at[student.starts[student_rows]]
         student_stops, teacher_stops = _stops(student, student_rows, stops_at, changed)
+        settled = student_stops >= 0
+        settled[settled] = ~in_stump[student.ends[student_stops[settled] - 1]]
         return Alignment(
             teacher_response_ids=torch.from_numpy(teacher.padded(eos)),
             student_rows=torch.from_numpy(student_rows),
             teacher_rows=torch.from_numpy(teacher_rows),
             student_stops=torch.from_numpy(student_stops),
             teacher_stops=torch.from_numpy(teacher_stops),
+            settled=torch.from_numpy(settled),
             num_student_tokens=len(student.ids),
         )
 
@@ -229,6 +244,15 @@ class Aligner:
                 "choose another pair"
             )
         # One student EOS takes the mass of all.
+        for ids, num_rows, role in (
+            (self.teacher_eos_token_ids, teacher_rows, "teacher"),
+            (self.student_eos_token_ids, student_rows, "student"),
+        ):
+            if max(ids) >= num_rows:
+                raise ValueError(
+                    f"{role}_rows: expected more than {max(ids)}, an EOS id of the {role}, "
+                    f"got {num_rows}"
+                )
         vocab_map[list(self.teacher_eos_token_ids)] = eos
         if of_student is None:
             return vocab_map, None
@@ -244,6 +268,12 @@ def _fitted(ids: np.ndarray, num_rows: int, limit: int) -> Tensor:
     found[:count] = torch.from_numpy(ids[:count])
     found[found >= limit] = -1
     return found
+
+
+def _last_word(text: str) -> int:
+    """Bytes of the last word, without the space before it; of a text without spaces, some."""
+    last = text[-LONGEST_WORD:]
+    return len(last[max(map(last.rfind, " \n\t")) + 1 :].encode())
 
 
 def _stops(

@@ -151,7 +151,7 @@ def test_the_gradient_of_a_step(
     torch.manual_seed(train_module.mix_seed(config.seed, 0))
     engine.update_weights()
     rollouts = [
-        pair.read(generate(pair, engine, batch, config.max_new_tokens))
+        pair.read(generate(pair, engine, batch, config.max_new_tokens), estimator)
         for batch in train_module.step_batches(0, config, prompts)
     ]
 
@@ -259,7 +259,7 @@ def test_the_evaluation_is_over_the_compared_tokens(two: TrainConfig) -> None:
     pair, prompts, engine = set_up(config)
     read = pair.bridge.read
     seen = []
-    pair.bridge.read = lambda batch: seen.append(read(batch)) or seen[-1]
+    pair.bridge.read = lambda batch, *_: seen.append(read(batch)) or seen[-1]
     found = evaluate(pair, engine, prompts, config)
     assert sum(found.tokens_by_position) == sum(r.num_compared for r in seen)
     assert found.mean_response_tokens * 3 == sum(len(r.student.targets) for r in seen)
@@ -284,12 +284,13 @@ def test_a_batch_without_an_aligned_token_adds_nothing(
     real = Bridge.read
     count = iter(range(100))
 
-    def nothing(bridge: Bridge, batch: Any) -> Any:
+    def nothing(bridge: Bridge, batch: Any, *estimator: Any) -> Any:
         rollout = real(bridge, batch)
         none = torch.zeros(len(rollout.aligned.student_rows), dtype=torch.bool)
-        return dataclasses.replace(rollout, aligned=rollout.aligned.select(none))
+        shares = {**rollout.coverage, "compared": 0.0}
+        return dataclasses.replace(rollout, aligned=rollout.aligned.select(none), coverage=shares)
 
-    def every_second(bridge: Bridge, batch: Any) -> Any:
+    def every_second(bridge: Bridge, batch: Any, *estimator: Any) -> Any:
         return (nothing if next(count) % 2 else real)(bridge, batch)
 
     before = [p.detach().clone() for p in pair.student.parameters()]
@@ -448,21 +449,47 @@ def test_a_token_past_the_teachers_head_is_refused(
         train(dataclasses.replace(two, teacher_model_name_or_path=str(path)))
 
 
-def test_where_a_rollout_is_cut_the_sampled_estimator_compares_nothing(two: TrainConfig) -> None:
-    """The teacher would not have written what the cut leaves of a word."""
-    config = dataclasses.replace(two, loss_estimator="sampled")
-    pair, prompts, engine = set_up(config)
-    assert pair.bridge is not None
-    batch = generate(pair, engine, prompts.train[:8], 8)
-    stops = batch.response_lengths.cumsum(0)
-    ended = torch.isin(batch.targets[stops - 1], torch.tensor(pair.vocabulary.eos_token_ids))
-    _, stop, _, _ = pair.read(batch).spans()
-    assert (stop >= 0).all()
-    assert set(stop.tolist()) & set(stops.tolist()) == set(stops[ended].tolist())
-    pair.bridge.estimator = "full"
-    rows = pair.read(batch).aligned
-    assert rows is not None
-    assert len(rows.student_rows) > len(stop)
+def test_the_last_word_of_a_cut_response_is_not_settled() -> None:
+    """The teacher spells what is left of it in pieces that it would not have written."""
+    words = {"student_eos_token_ids": [EOS], "teacher_eos_token_ids": [EOS]}
+    aligner = Aligner(zoo()["mistral"], zoo()["llama3"], **words)
+    encode = zoo()["mistral"].encode
+    whole = encode("The sum of the two numbers is 1730", add_special_tokens=False)
+    full = aligner.align([[*whole, EOS]])
+    assert torch.equal(full.settled, full.student_stops >= 0)
+    spelled = [
+        full.teacher_response_ids[0, first:stop].tolist()
+        for first, stop in zip(full.teacher_rows, full.teacher_stops, strict=True)
+    ]
+    runs = dict(zip(full.student_rows.tolist(), spelled, strict=True))
+    dropped = 0
+    for length in range(1, len(whole)):
+        # Behind another response, so that rows are no positions.
+        cut = aligner.align([[*whole, EOS], whole[:length]])
+        own = cut.student_rows > len(whole)
+        begin = int((cut.teacher_response_ids[0] == EOS).int().argmax()) + 1
+        for row, stop, first, last, settled in zip(
+            *(part[own].tolist() for part in (cut.student_rows, cut.student_stops,
+              cut.teacher_rows, cut.teacher_stops, cut.settled)), strict=True,
+        ):  # fmt: skip
+            ids = cut.teacher_response_ids[1, first - begin : last - begin].tolist()
+            if settled:
+                assert runs[row - len(whole) - 1] == ids
+            dropped += stop >= 0 and not settled
+    assert dropped > len(whole) / 2
+
+
+def test_the_sampled_estimator_compares_settled_runs(two: TrainConfig) -> None:
+    pair, prompts, engine = set_up(two)
+    batch = generate(pair, engine, prompts.train[:8], 12)
+    everything, rollout = pair.read(batch), pair.read(batch, "sampled")
+    assert rollout.aligned is not None
+    assert everything.aligned is not None
+    assert rollout.aligned.settled.all()
+    assert 0 < rollout.num_compared == int(everything.aligned.settled.sum())
+    assert rollout.num_compared < everything.num_compared
+    first, stop, _, _ = rollout.spans()
+    assert rollout.coverage["compared"] == int((stop - first).sum()) / len(batch.targets)
 
 
 @pytest.mark.parametrize("alignment", ["start", "span"])
@@ -522,10 +549,11 @@ def test_a_run_of_which_nothing_is_compared_still_ends(
 ) -> None:
     real = Bridge.read
 
-    def nothing(bridge: Bridge, batch: Any) -> Any:
+    def nothing(bridge: Bridge, batch: Any, *estimator: Any) -> Any:
         rollout = real(bridge, batch)
         none = torch.zeros(len(rollout.aligned.student_rows), dtype=torch.bool)
-        return dataclasses.replace(rollout, aligned=rollout.aligned.select(none))
+        shares = {**rollout.coverage, "compared": 0.0}
+        return dataclasses.replace(rollout, aligned=rollout.aligned.select(none), coverage=shares)
 
     monkeypatch.setattr(Bridge, "read", nothing)
     results = train(dataclasses.replace(two, max_steps=LOW_STEPS))

@@ -179,6 +179,12 @@ def test_every_eos_of_either_counts_for_one_under_merge() -> None:
     assert vocab_map[1] == student_map[0] == -1
 
 
+def test_an_eos_past_a_head_is_refused() -> None:
+    own = aligner("qwen", "gpt2", student_eos_token_ids=[2, 1999])
+    with pytest.raises(ValueError, match="student_rows: expected more than 1999"):
+        own.vocab_maps("merge", student_rows=1500, teacher_rows=900)
+
+
 def test_nothing_shared_is_refused() -> None:
     def letters(text: str) -> Any:
         backend = Tokenizer(models.BPE({"</s>": 0, **{c: i for i, c in enumerate(text, 1)}}, []))

@@ -86,7 +86,7 @@ def test_no_arguments_is_the_demo():
         (["--confg=x"], "unknown option --confg; did you mean config?"),
         (["--use_peft=maybe"], "Truthy value expected"),
         (["--lerning_rate=1"], "unknown option --lerning_rate; did you mean learning_rate?"),
-        (["--demo=nothing"], "demo must be one of: default"),
+        (["--demo=nothing"], "demo must be one of: cross-tokenizer, default"),
         (["--use_vllm", "--rollout_engine=hf"], "use_vllm and rollout_engine hf are two engines"),
         (["--use_vllm", "--vllm_mode=server"], "vllm_mode server needs vllm_server_base_url"),
         (

@@ -72,6 +72,11 @@ class LMHead:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
+    def first_rows(self, vocab_size: int) -> LMHead:
+        """The head of the first `vocab_size` ids alone; a view."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias)
+
     def local(self) -> LMHead:
         """The head with DTensors (FSDP2, tensor parallel) gathered."""
         bias = None if self.bias is None else local(self.bias)

@@ -144,9 +144,9 @@ def transformer(model: Any) -> Any:
 
 def lm_head(model: Any, dtype: torch.dtype, vocab_size: int) -> LMHead:
     """The first rows of the model's LM head, in `dtype`, differentiable where it trains."""
-    head = LMHead.from_model(model)
-    bias = None if head.bias is None else head.bias[:vocab_size].to(dtype)
-    return replace(head, weight=head.weight[:vocab_size].to(dtype), bias=bias)
+    head = LMHead.from_model(model).first_rows(vocab_size)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return replace(head, weight=head.weight.to(dtype), bias=bias)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -158,10 +158,7 @@ class Session:
     ) -> None:
         self.batch_size, self.num_slots = batch_size, num_slots
         self.sampling = sampling
-        head = LMHead.from_model(model)
-        vocab_size = sampling.suppress_from
-        bias = None if head.bias is None else head.bias[:vocab_size]
-        self.head = replace(head, weight=head.weight[:vocab_size], bias=bias)
+        self.head = LMHead.from_model(model).first_rows(sampling.suppress_from)
         self.eos_token_ids = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=device)
         self.decoder = StaticDecoder(model, batch_size, num_slots, device)
         self.state = SamplingState.create(

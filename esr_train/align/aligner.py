@@ -233,7 +233,7 @@ class Aligner:
         teacher who writes " tim|es"). "project": a teacher's id counts for the first token that the
         student writes its bytes with. "exact": for the id of the same bytes. EOS counts for EOS.
         student_rows, teacher_rows: of the LM heads. Cached on disk by the tokenizers' contents.
-        Raises UserError if no text is shared.
+        Raises UserError if no text is shared, ValueError if an EOS id is past a head.
         """
         of_teacher, of_student = project_vocabulary(self.student, self.teacher, projection)
         eos = self.student_eos_token_ids[0]

@@ -25,11 +25,12 @@ from triton.compiler import ASTSource
 
 from esr_kernels.kl import variants as kl
 from esr_kernels.launch import INTERPRETED
+from esr_kernels.layers import variants as layers
 from esr_kernels.rollout import variants as rollout
 from esr_kernels.sampling import variants as sampling
 from esr_kernels.variant import Variant
 
-OPERATIONS = (kl, rollout, sampling)
+OPERATIONS = (kl, layers, rollout, sampling)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

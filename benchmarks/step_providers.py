@@ -27,8 +27,9 @@ from transformers import (
 from benchmarks.step_cases import EOS, PAD, PAIRS, Case, Step
 from esr_kernels import SamplingState
 from esr_train.data import Prompts
+from esr_train.lora import fuse_adapters
 from esr_train.metrics import PHASES, PhaseMeter
-from esr_train.models import Pair, enable_packing, transformer
+from esr_train.models import Pair, enable_packing, fused_layers, transformer
 from esr_train.rollout import Engine, GraphEngine, HFEngine, Session
 from esr_train.train import make_optimizer, sampling, step_batches, train_step
 
@@ -62,13 +63,17 @@ class Models:
             return get_peft_model(model, lora).train()
 
         ours = make_student()
+        fuse_adapters(ours)
         if case.gradient_checkpointing:
             transformer(ours).gradient_checkpointing_enable({"use_reentrant": False})
-        self.pair = Pair(ours, teacher_model, case.vocabulary, dtype, device)
-        self.trl_student: Any = make_student() if with_trl else None
         for model in (ours, teacher_model):
             if reason := enable_packing(model):
                 raise RuntimeError(f"cannot read packed batches: {reason}")
+        layers = fused_layers(teacher_model)
+        if layers is None:
+            raise RuntimeError("the teacher's layers are not fused")
+        self.pair = Pair(ours, teacher_model, case.vocabulary, dtype, device, teacher_layers=layers)
+        self.trl_student: Any = make_student() if with_trl else None
 
 
 def make_model(options: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> Any:

@@ -5,24 +5,23 @@ So the step can be captured in a CUDA graph and replayed; on a CPU it runs as it
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from esr_kernels import rollout_batch
 from esr_kernels.checks import sees_values
+from esr_kernels.layers import decode_attention
 from esr_train.attention import (
     Layout,
     PackedLayout,
     Scores,
-    accept_layouts,
     attend_masked,
     lost_window,
     no_mask,
@@ -31,97 +30,42 @@ from esr_train.attention import (
     takes_layouts,
 )
 from esr_train.errors import first_line
-from esr_train.linear import PackedLinear, packed_linears
+from esr_train.fused import FusedLayers, Heads, Layer, Rotation
 
 
-def merged_weight(layer: Any) -> Tensor:
-    """W + scaling * B @ A of a LoRA layer's adapters at work, in float32.
+class Decoder(Protocol):
+    """What `StaticDecoder` and `FusedDecoder` do."""
 
-    Out of place: merging into a 16-bit weight and out of it, step after step, would wear it away.
-    """
-    base = layer.get_base_layer()
-    merged = base.weight.float()
-    if layer.disable_adapters or layer.merged:
-        return merged
-    for adapter in layer.active_adapters:
-        if adapter not in layer.scaling:
-            continue
-        if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-            raise ValueError(f"adapter {adapter} is more than W + B @ A (DoRA, a bias, a variant)")
-        if type(base) is torch.nn.Linear:  # one pass over the weight, not three
-            up, down = layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
-            merged = torch.addmm(merged, up, down, alpha=layer.scaling[adapter])
-        else:
-            merged = merged + layer.get_delta_weight(adapter).float()
-    return merged
+    @property
+    def windows(self) -> set[int | None]:
+        """That the layers asked for."""
+
+    def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """The last hidden state [B, D] of left-padded prompts [B, P]."""
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """The hidden state [B, D] of one more token [B] a row."""
 
 
-class DecodeWeights:
-    """A twin of `model` to decode with: adapters merged, weights in `dtype`, refreshed on demand.
+# (batch size, number of slots, device)
+MakeDecoder = Callable[[int, int, torch.device], Decoder]
 
-    Tensors that need neither are the model's own: without LoRA and in the model's dtype the twin
-    costs nothing, but for the copies of `packed_linears` on a CPU. Merging rounds once, to `dtype`:
-    exact in float32, in bfloat16 as exact as any other rounding of a step. With merge=False the
-    adapters stay at work.
-    """
 
-    def __init__(self, model: Any, dtype: torch.dtype, merge: bool = True) -> None:
-        tensors = [*model.parameters(), *model.buffers()]
-        self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-        if not accept_layouts(self.model):
-            # Whatever the student attends with: the twin has a configuration of its own.
-            self.model.set_attn_implementation("eager")
-            accept_layouts(self.model)
-        self._merged: list[tuple[Any, Any]] = []  # an adapted layer, the plain one in the twin
-        self._cast: list[tuple[Tensor, Tensor]] = []  # a weight, the twin's of another dtype
-        if merge:
-            self._merge_adapters(model, dtype)
-        self._cast_weights(dtype)
-        self._packed = packed_linears(self.model.get_decoder())
-        for _, plain in self._merged:
-            if plain in self._packed:  # straight from what is merged
-                self._packed.remove(plain)
-                plain.weight = None
-        self.refresh()
-
-    def _merge_adapters(self, model: Any, dtype: torch.dtype) -> None:
-        for name, layer in model.named_modules():
-            if isinstance(layer, LoraLayer):
-                plain = self.model.get_submodule(name).get_base_layer()
-                weight = torch.empty_like(plain.weight, dtype=dtype, requires_grad=False)
-                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-                self.model.set_submodule(name, plain)
-                self._merged.append((layer, plain))
-
-    def _cast_weights(self, dtype: torch.dtype) -> None:
-        twins: dict[int, torch.nn.Parameter] = {}  # tied weights stay tied
-        for module in self.model.modules():
-            for name, weight in module.named_parameters(recurse=False):
-                if weight.dtype == dtype or not weight.is_floating_point():
-                    continue
-                if id(weight) not in twins:
-                    twin = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-                    twins[id(weight)] = torch.nn.Parameter(twin, requires_grad=False)
-                    self._cast.append((weight, twins[id(weight)]))
-                setattr(module, name, twins[id(weight)])
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over the model's present weights; on a GPU in place: a captured graph sees them."""
-        for layer, plain in self._merged:
-            if isinstance(plain, PackedLinear):
-                plain.pack(merged_weight(layer))
-            else:
-                plain.weight.copy_(merged_weight(layer))
-        for source, weight in self._cast:
-            weight.copy_(source)
-        for linear in self._packed:
-            linear.pack(linear.weight)
+def best_decoder(model: Any) -> tuple[MakeDecoder, str | None]:
+    """The quickest decoder that computes what `model` does; and `decoding_error` if none does."""
+    try:
+        fused = partial(FusedDecoder, FusedLayers(model))
+    except Exception:  # whatever an architecture says to being taken for another
+        fused = None
+    if fused is not None and decoding_error(model, fused) is None:
+        return fused, None
+    static = partial(StaticDecoder, model)
+    return static, decoding_error(model, static)
 
 
 @torch.no_grad()
-def decoding_error(model: Any) -> str | None:
-    """Why `model` cannot be decoded by `StaticDecoder`: None if its states are those of a pass.
+def decoding_error(model: Any, make_decoder: MakeDecoder) -> str | None:
+    """Why the decoder is not one of `model`: None if its states are those of a pass.
 
     Tried, not looked up: an architecture may keep more from token to token than keys and values.
     """
@@ -131,8 +75,8 @@ def decoding_error(model: Any) -> str | None:
     ids = torch.linspace(0, last_id, 14, device=model.device).long().view(2, 7)
     mask = torch.ones(2, 5, dtype=torch.bool, device=model.device)
     mask[0, :2] = False
-    decoder = StaticDecoder(model, 2, 8, model.device)
     try:
+        decoder = make_decoder(2, 8, model.device)
         states = [decoder.prefill(ids[:, :5], mask), decoder.step(ids[:, 5])]
         with no_host_reads(model.device):
             states.append(decoder.step(ids[:, 6]))
@@ -162,6 +106,11 @@ def no_host_reads(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def _check_left_padded(prompt_mask: Tensor) -> None:
+    if sees_values(prompt_mask) and not prompt_mask[:, -1].all():
+        raise ValueError("prompt_mask: expected prompts padded on the left alone")
 
 
 @dataclass
@@ -239,8 +188,7 @@ class StaticDecoder:
 
     def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """The last hidden state [B, D] of left-padded prompts [B, P]."""
-        if sees_values(prompt_mask) and not prompt_mask[:, -1].all():
-            raise ValueError("prompt_mask: expected prompts padded on the left alone")
+        _check_left_padded(prompt_mask)
         width = prompt_ids.shape[1]
         self.visible[:, :width] = prompt_mask
         self.positions.copy_(prompt_mask.sum(dim=1, keepdim=True))
@@ -293,3 +241,62 @@ class StaticDecoder:
             seen &= slots > query - window
         unseen = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
         return unseen[:, None, None]
+
+
+class FusedDecoder:
+    """What `StaticDecoder` does, by `FusedLayers`."""
+
+    def __init__(
+        self, layers: FusedLayers, batch_size: int, num_slots: int, device: torch.device
+    ) -> None:
+        self.layers = layers
+        self.shape = batch_size, num_slots
+        self.caches: list[tuple[Tensor, Tensor]] = []  # keys and values [B, H, slots, D], a layer
+        self.first = torch.zeros(batch_size, dtype=torch.int64, device=device)  # slot in use
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # the next token's
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    @property
+    def windows(self) -> set[int | None]:
+        return self.layers.windows
+
+    def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """The last hidden state [B, D] of left-padded prompts [B, P]."""
+        _check_left_padded(prompt_mask)
+        width = prompt_ids.shape[1]
+        torch.sum(prompt_mask, dim=1, out=self.positions)
+        torch.sub(width, self.positions, out=self.first)
+        self.slot.fill_(width)
+        batch = rollout_batch(prompt_ids, prompt_mask, prompt_ids[:, :0], eos_token_ids=())
+        rows, slots = prompt_mask.nonzero().unbind(1)
+
+        def cache(index: int, key: Tensor, value: Tensor) -> dict[str, Any]:
+            if index == len(self.caches):
+                self.caches.append((self._slots(key), self._slots(value)))
+            return {"cache": self.caches[index], "rows": rows, "slots": slots}
+
+        return self.layers.read(batch, batch.cu_seqlens[1:].long() - 1, cache)
+
+    def _slots(self, states: Tensor) -> Tensor:
+        batch_size, num_slots = self.shape
+        return states.new_zeros(batch_size, states.shape[1], num_slots, states.shape[2])
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """The hidden state [B, D] of one more token [B] a row."""
+        hidden = self.layers(token_ids, self.positions, self._attend)
+        self.slot += 1
+        self.positions += 1
+        return hidden
+
+    def _attend(self, index: int, layer: Layer, heads: Heads, rotation: Rotation) -> Tensor:
+        cache, scores = self.caches[index], layer.scores
+        layer.rotate(heads, rotation, cache=cache, slots=self.slot)
+        return decode_attention(
+            heads[0],
+            *cache,
+            self.first,
+            self.slot,
+            scale=scores.scale,
+            window=scores.window,
+            softcap=scores.softcap,
+        )

@@ -36,6 +36,8 @@ from esr_train.checkpoint import unreadable
 from esr_train.config import TrainConfig
 from esr_train.errors import UserError, first_line, loading_error
 from esr_train.estimators import sampled_reverse_kl, target_log_probs
+from esr_train.fused import FusedLayers, stack_projections
+from esr_train.lora import fuse_adapters
 
 # Relative change of a sequence's states when another one changes: none, but for an expert's rows
 # in another order.
@@ -83,6 +85,7 @@ def load_student(config: TrainConfig, device: torch.device, checkpoint: Path | N
         model = load_model(name, "model_name_or_path", config, compute_dtype(config, device))
         disable_dropout(model)
         model = _load_adapter(model, checkpoint) if checkpoint else _add_lora(model, config)
+        fuse_adapters(model)
     if config.gradient_checkpointing:
         _checkpoint_activations(transformer(model))
     # Models load in eval mode, where LoRA's dropout and checkpointing are off.
@@ -202,14 +205,7 @@ def enable_packing(model: Any) -> str | None:
 
 def _packing_error(core: Any) -> str | None:
     """Two sequences packed: each must be what it is alone, and not see that the other changes."""
-    last_id = core.config.get_text_config().vocab_size - 1
-    prompts = torch.linspace(0, last_id, 14, device=core.device).long().view(2, 7)
-    mask = torch.ones_like(prompts, dtype=torch.bool)
-    mask[0, :2] = False
-    batches = [
-        rollout_batch(ids, mask, ids[:, :0], eos_token_ids=())
-        for ids in (prompts, torch.stack([prompts[0].flip(0), prompts[1]]))
-    ]
+    batches = _probes(core)
     layouts = [PackedLayout(batch) for batch in batches]
     packed, changed = map(partial(_hidden_states, core), batches, layouts)
     if reason := lost_window(core, layouts[0].windows):
@@ -223,6 +219,37 @@ def _packing_error(core: Any) -> str | None:
     ]
     difference = relative_difference(packed, torch.cat(apart))
     return None if difference < same_states(core.dtype) else f"states differ by {difference:.2g}"
+
+
+def _probes(core: Any) -> list[RolloutBatch]:
+    """Two packed sequences, of 5 and 7 tokens; and the first of them changed."""
+    last_id = core.config.get_text_config().vocab_size - 1
+    prompts = torch.linspace(0, last_id, 14, device=core.device).long().view(2, 7)
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    mask[0, :2] = False
+    return [
+        rollout_batch(ids, mask, ids[:, :0], eos_token_ids=())
+        for ids in (prompts, torch.stack([prompts[0].flip(0), prompts[1]]))
+    ]
+
+
+@torch.no_grad()
+def fused_layers(model: Any) -> FusedLayers | None:
+    """To read packed batches with, where they compute what the frozen `model` does.
+
+    Its projections are laid one behind another. None too where it does not read packed batches.
+    """
+    if not takes_layouts(model):
+        return None
+    stack_projections(model, lambda weight: not weight.requires_grad)
+    batch = _probes(model)[0]
+    try:
+        layers = FusedLayers(model)
+        states = layers.read(batch)
+    except Exception:  # whatever an architecture says to being taken for another
+        return None
+    difference = relative_difference(states, _hidden_states(model, batch, PackedLayout(batch)))
+    return layers if difference < same_states(model.dtype) else None
 
 
 def _hidden_states(core: Any, batch: RolloutBatch, layout: PackedLayout) -> Tensor:
@@ -243,6 +270,7 @@ class Pair:
 
     student: what is trained and saved, a PeftModel or the Transformers model itself.
     bridge: to a teacher with another tokenizer; None of one.
+    teacher_layers: what the teacher scores with; None where only its own modules can.
     """
 
     student: Any
@@ -251,6 +279,7 @@ class Pair:
     dtype: torch.dtype
     device: torch.device
     bridge: Bridge | None = None
+    teacher_layers: FusedLayers | None = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -289,7 +318,10 @@ class Pair:
     @torch.inference_mode()
     def score(self, rollout: Rollout) -> Tensor:
         """The teacher's hidden states on its reading of the response; nothing else is kept."""
-        return self.response_states(self.teacher, rollout.teacher)
+        batch = rollout.teacher
+        if self.teacher_layers is not None:
+            return self.teacher_layers.read(batch, batch.loss_rows)
+        return self.response_states(self.teacher, batch)
 
     def reverse_kl(
         self, rollout: Rollout, teacher_states: Tensor, **words: Any
@@ -347,4 +379,5 @@ def load_pair(
     for role, model in (("student", student), ("teacher", teacher)):
         if reason := enable_packing(model):
             warnings.warn(f"the {role} reads padded batches: {reason}", stacklevel=2)
-    return Pair(student, teacher, vocabulary, compute_dtype(config, device), device, bridge)
+    dtype = compute_dtype(config, device)
+    return Pair(student, teacher, vocabulary, dtype, device, bridge, fused_layers(teacher))

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from esr_kernels import LMHead, SamplingState, sample_tokens
-from esr_train.decoder import DecodeWeights, StaticDecoder, decoding_error
+from esr_train.decode_weights import DecodeWeights
+from esr_train.decoder import MakeDecoder, best_decoder
 from esr_train.errors import UserError, first_line
 
 
@@ -103,6 +104,7 @@ class GraphEngine:
     """Our decoder: a static cache, and a step that is one CUDA graph from token to token.
 
     On a CPU the same step runs without a graph. The samples depend on torch's random state alone.
+    error: why what it writes would not be the model's; None of a model that it can decode.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class GraphEngine:
         """As `HFEngine`. merge_adapters: False leaves LoRA's layers in the step."""
         self.sampling = sampling
         self.weights = DecodeWeights(model, dtype, merge_adapters)
+        self.make_decoder, self.error = best_decoder(self.weights.model)
         self.sessions: dict[tuple[int, int], Session] = {}  # the last used last
 
     def update_weights(self) -> None:
@@ -145,7 +148,7 @@ class GraphEngine:
         if session is None:
             while len(self.sessions) >= MOST_SESSIONS:  # before the new one takes its memory
                 del self.sessions[next(iter(self.sessions))]
-            session = Session(self.weights.model, self.sampling, *key, device)
+            session = Session(self.weights.model, self.make_decoder, self.sampling, *key, device)
         self.sessions[key] = session
         return session
 
@@ -154,13 +157,19 @@ class Session:
     """Buffers, and on a GPU the captured step, for one batch size and number of slots."""
 
     def __init__(
-        self, model: Any, sampling: Sampling, batch_size: int, num_slots: int, device: torch.device
+        self,
+        model: Any,
+        make_decoder: MakeDecoder,
+        sampling: Sampling,
+        batch_size: int,
+        num_slots: int,
+        device: torch.device,
     ) -> None:
         self.batch_size, self.num_slots = batch_size, num_slots
         self.sampling = sampling
         self.head = LMHead.from_model(model).first_rows(sampling.suppress_from)
         self.eos_token_ids = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=device)
-        self.decoder = StaticDecoder(model, batch_size, num_slots, device)
+        self.decoder = make_decoder(batch_size, num_slots, device)
         self.state = SamplingState.create(
             batch_size, num_slots, seed=0, pad_token_id=sampling.pad_token_id, device=device
         )
@@ -239,7 +248,7 @@ def local_engine(
         return HFEngine(model, sampling, dtype)
     try:
         engine = GraphEngine(model, sampling, dtype)
-        reason = decoding_error(engine.weights.model)
+        reason = engine.error
     except Exception as error:  # of a copy, or a merge, that this model does not allow
         reason = first_line(error)
     if reason is None:

@@ -34,7 +34,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from esr_train.checkpoint import full_disk_names
-from esr_train.decoder import merged_weight
+from esr_train.decode_weights import merged_weight
 from esr_train.errors import UserError, first_line
 from esr_train.rollout import Sampling
 

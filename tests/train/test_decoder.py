@@ -9,16 +9,22 @@ import torch
 from architectures import ARCHITECTURES, make_model
 from peft import LoraConfig, get_peft_model
 from tiny_models import SHAPE, make_student
-from transformers import PhimoeConfig, PhimoeForCausalLM
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from esr_train.attention import accept_layouts
+from esr_train.decode_weights import DecodeWeights, merged_weight
 from esr_train.decoder import (
-    DecodeWeights,
+    FusedDecoder,
     StaticDecoder,
-    decoding_error,
-    merged_weight,
+    best_decoder,
     no_host_reads,
 )
+from esr_train.fused import FusedLayers, Projections, stack_projections
 from esr_train.linear import PackedLinear
 
 PROMPTS = torch.tensor([[0, 0, 0, 7, 8, 9], [11, 12, 13, 14, 15, 16], [0, 0, 0, 0, 0, 21]])
@@ -72,18 +78,74 @@ def test_in_a_graph_all_slots_are_seen(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_fused_layers_compute_what_the_modules_do(name):
+    model = make_model(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # weights of norms: no two the same
+                parameter.add_(torch.rand_like(parameter))
+    expected = fresh_states(model)
+    accept_layouts(model)
+    decoder = FusedDecoder(FusedLayers(model), 3, 20, torch.device("cpu"))
+    for _ in range(2):
+        torch.testing.assert_close(decoded_states(decoder), expected, rtol=1e-4, atol=1e-4)
+
+
+def making(model):
+    make, error = best_decoder(model)
+    return make.func, error
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_can_be_decoded(name):
     model = make_model(name)
-    assert decoding_error(model) == "its attention cannot be replaced"
+    assert making(model) == (StaticDecoder, "its attention cannot be replaced")
     accept_layouts(model)
-    assert decoding_error(model) is None
+    assert making(model) == (FusedDecoder, None)
+
+
+def test_what_is_not_of_llamas_kind_is_decoded_by_its_own_modules():
+    """Other modules in a layer, and the same modules in another order."""
+    model = make_model("qwen2")
+    accept_layouts(model)
+    model.model.layers[1].extra = torch.nn.Identity()
+    assert making(model) == (StaticDecoder, None)
+    config = GraniteConfig(**SHAPE, vocab_size=300, hidden_size=32, residual_multiplier=0.5)
+    model = GraniteForCausalLM(config).eval()
+    accept_layouts(model)
+    assert making(model) == (StaticDecoder, None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_stacked_projections_are_one_product(bias):
+    model = make_model("qwen2")
+    attention = model.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert attention.q_proj.bias is not None
+    if not bias:
+        for layer in layers:
+            layer.bias = None
+    x = torch.randn(5, 32)
+    expected = [layer(x) for layer in layers]
+    assert Projections(*layers).joint is None
+    parameters = [layer.weight for layer in layers]
+    stack_projections(attention, lambda weight: True)
+    assert all(layer.weight is old for layer, old in zip(layers, parameters, strict=True))
+    joined = Projections(*layers)
+    assert joined.joint is not None
+    attention.k_proj.weight.mul_(2)
+    expected[1] = attention.k_proj(x)
+    for found, truth in zip(joined(x), expected, strict=True):
+        torch.testing.assert_close(found, truth)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "eager", "sdpa"])
 def test_the_twin_decodes_whatever_the_student_attends_with(attention):
     model = make_model("qwen3")
     model.config._attn_implementation = attention
-    assert decoding_error(DecodeWeights(model, torch.float32).model) is None
+    assert making(DecodeWeights(model, torch.float32).model) == (FusedDecoder, None)
     assert model.config._attn_implementation == attention
 
 
@@ -94,7 +156,7 @@ def test_a_window_in_the_masks_alone_is_found_out():
     )
     model = PhimoeForCausalLM(config).eval()
     accept_layouts(model)
-    assert decoding_error(model) == "its window of 16 is in its masks alone"
+    assert making(model)[1] == "its window of 16 is in its masks alone"
 
 
 @pytest.mark.gpu
@@ -139,7 +201,7 @@ def test_a_model_with_memory_of_its_own_is_found_out():
         return output * (1 + total)
 
     model.model.layers[0].mlp.register_forward_hook(remember)
-    assert "differ" in decoding_error(model)
+    assert "differ" in making(model)[1]
 
 
 def lora_student(targets="all-linear"):
@@ -251,7 +313,10 @@ def test_only_adapted_layers_are_copied():
     own = {p.data_ptr() for p in model.parameters()}
     copied = {n for n, p in twin.named_parameters() if p.data_ptr() not in own}
     assert copied == {
-        f"model.layers.{i}.self_attn.{n}.weight" for i in (0, 1) for n in ("q_proj", "v_proj")
+        f"model.layers.{layer}.self_attn.{name}.{part}"
+        for layer in (0, 1)
+        for name in ("q_proj", "v_proj")
+        for part in ("weight", "bias")
     }
 
 

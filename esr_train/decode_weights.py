@@ -30,7 +30,11 @@ def merged_weight(layer: Any) -> Tensor:
             raise ValueError(f"adapter {adapter} is more than W + B @ A (DoRA, a bias, a variant)")
         if type(base) is torch.nn.Linear:  # one pass over the weight, not three
             up, down = layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
-            merged = torch.addmm(merged, up, down, alpha=layer.scaling[adapter])
+            scaling = layer.scaling[adapter]
+            if merged is base.weight:
+                merged = torch.addmm(merged, up, down, alpha=scaling)
+            else:  # nor a copy of it
+                merged.addmm_(up, down, alpha=scaling)
         else:
             merged = merged + layer.get_delta_weight(adapter).float()
     return merged

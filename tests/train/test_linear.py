@@ -12,8 +12,9 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 
 @pytest.fixture(autouse=True)
-def _with_avx512(monkeypatch):
+def _on_amd_with_avx512(monkeypatch):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("esr_train.linear.made_by_amd", lambda: True)
 
 
 @needs_onednn
@@ -62,4 +63,7 @@ def test_which_layers_are_packed(monkeypatch):
     assert packed_linears(model) == [model[0]]
     assert [type(layer) is PackedLinear for layer in model] == [True, False, False, False, False]
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert packed_linears(layers()) == []
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("esr_train.linear.made_by_amd", lambda: False)
     assert packed_linears(layers()) == []

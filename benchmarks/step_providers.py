@@ -70,8 +70,6 @@ class Models:
             if reason := enable_packing(model):
                 raise RuntimeError(f"cannot read packed batches: {reason}")
         layers = fused_layers(teacher_model)
-        if layers is None:
-            raise RuntimeError("the teacher's layers are not fused")
         self.pair = Pair(ours, teacher_model, case.vocabulary, dtype, device, teacher_layers=layers)
         self.trl_student: Any = make_student() if with_trl else None
 

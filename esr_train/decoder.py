@@ -90,9 +90,7 @@ def decoding_error(model: Any, make_decoder: MakeDecoder) -> str | None:
     except Exception as error:  # whatever an architecture says to a keyword that it does not know
         return first_line(error)
     difference = relative_difference(torch.stack(states, dim=1), torch.stack(expected))
-    return (
-        None if difference < same_states(model.dtype) else f"its states differ by {difference:.2g}"
-    )
+    return None if difference < same_states(model) else f"its states differ by {difference:.2g}"
 
 
 @contextmanager

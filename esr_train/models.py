@@ -218,7 +218,7 @@ def _packing_error(core: Any) -> str | None:
         for ids in batches[0].input_ids.split((5, 7))
     ]
     difference = relative_difference(packed, torch.cat(apart))
-    return None if difference < same_states(core.dtype) else f"states differ by {difference:.2g}"
+    return None if difference < same_states(core) else f"states differ by {difference:.2g}"
 
 
 def _probes(core: Any) -> list[RolloutBatch]:
@@ -249,7 +249,7 @@ def fused_layers(model: Any) -> FusedLayers | None:
     except Exception:  # whatever an architecture says to being taken for another
         return None
     difference = relative_difference(states, _hidden_states(model, batch, PackedLayout(batch)))
-    return layers if difference < same_states(model.dtype) else None
+    return layers if difference < same_states(model) else None
 
 
 def _hidden_states(core: Any, batch: RolloutBatch, layout: PackedLayout) -> Tensor:

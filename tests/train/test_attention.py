@@ -19,7 +19,7 @@ from transformers import (
 from esr_kernels import gather_rows, rollout_batch
 from esr_train import attention
 from esr_train.attention import PackedLayout, Scores, accept_layouts, attend_masked, takes_layouts
-from esr_train.models import Pair, enable_packing, transformer
+from esr_train.models import Pair, enable_packing, fused_layers, transformer
 
 PROMPTS = torch.tensor([[0, 0, 7, 8, 9], [11, 12, 13, 14, 15], [0, 0, 0, 0, 21]])
 MASK = PROMPTS > 0
@@ -317,6 +317,29 @@ def test_rows_of_loss_alone_leave_the_transformer(monkeypatch):
     assert states.shape == (len(batch.targets), 32)
     whole = model.get_decoder()(input_ids=batch.input_ids[None, :6]).last_hidden_state
     torch.testing.assert_close(gather_rows(whole, torch.arange(2, 5)), states[:3])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_teacher_scores_by_fused_layers(name):
+    """What it reads with its own modules, and only of rows that count; its weights stay where
+    Transformers looks for them."""
+    model, batch = make_model(name).requires_grad_(False), make_batch()
+    assert fused_layers(model) is None  # it reads no packed batches yet
+    enable_packing(model)
+    pair = pair_of(model)
+    expected = pair.response_states(model, batch)
+    layers = fused_layers(model)
+    assert layers is not None
+    assert all(layer.gate_and_up.joint is not None for layer in layers.layers)
+    torch.testing.assert_close(layers.read(batch, batch.loss_rows), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pair.response_states(model, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_of_another_kind_scores_by_its_modules():
+    model = make_model("qwen2").requires_grad_(False)
+    enable_packing(model)
+    model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, output: 2 * output)
+    assert fused_layers(model) is None
 
 
 @pytest.mark.gpu

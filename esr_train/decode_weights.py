@@ -72,12 +72,13 @@ class DecodeWeights:
     def _stack(self) -> None:
         """Projections that are one product, where their weights are the twin's own."""
         own = {id(plain.weight) for _, plain in self._merged}
+        own |= {id(weight) for _, weight in self._copied}
         for _, plain in self._merged:
-            if plain.bias is not None:  # a vector, not worth to be shared
+            if plain.bias is not None and id(plain.bias) not in own:  # a vector: not worth sharing
                 bias = torch.nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
                 self._copied.append((plain.bias, bias))
+                own.add(id(bias))
                 plain.bias = bias
-        own |= {id(weight) for _, weight in self._copied}
         stack_projections(self.model, lambda weight: id(weight) in own)
 
     def _merge_adapters(self, model: Any, dtype: torch.dtype) -> None:

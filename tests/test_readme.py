@@ -127,6 +127,22 @@ def test_the_steps_figures_are_those_of_the_results_file():
     assert re.fullmatch("[0-9a-f]{40}", results["commit"])
 
 
+def test_the_figures_of_a_gpu_are_those_of_the_results_files():
+    from benchmarks.loss_report import loss_table
+    from benchmarks.step_report import compared_table
+
+    folder = ROOT / "benchmarks" / "results"
+    step, loss, accuracy = (
+        json.loads((folder / f"{name}-cuda.json").read_text())
+        for name in ("step", "loss", "accuracy")
+    )
+    assert compared_table(step["cases"][0]["compared"]) in (ROOT / "README.md").read_text()
+    assert loss_table(loss["cases"][0]) in (ROOT / "docs" / "benchmarking.md").read_text()
+    for results in (step, loss, accuracy):
+        assert re.fullmatch("[0-9a-f]{40}", results["commit"])
+        assert results["device"] == "NVIDIA H200"
+
+
 def test_links_inside_the_project_exist():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):

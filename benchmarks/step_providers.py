@@ -29,7 +29,13 @@ from esr_kernels import SamplingState
 from esr_train.data import Prompts
 from esr_train.lora import fuse_adapters
 from esr_train.metrics import PHASES, PhaseMeter
-from esr_train.models import Pair, enable_packing, fused_layers, transformer
+from esr_train.models import (
+    Pair,
+    checkpoint_activations,
+    enable_packing,
+    fused_layers,
+    transformer,
+)
 from esr_train.rollout import Engine, GraphEngine, HFEngine, Session
 from esr_train.train import make_optimizer, sampling, step_batches, train_step
 
@@ -65,12 +71,12 @@ class Models:
         ours = make_student()
         fuse_adapters(ours)
         if case.gradient_checkpointing:
-            transformer(ours).gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(transformer(ours))
         for model in (ours, teacher_model):
             if reason := enable_packing(model):
                 raise RuntimeError(f"cannot read packed batches: {reason}")
-        layers = fused_layers(teacher_model)
-        self.pair = Pair(ours, teacher_model, case.vocabulary, dtype, device, teacher_layers=layers)
+        layers = fused_layers(ours), fused_layers(teacher_model)
+        self.pair = Pair(ours, teacher_model, case.vocabulary, dtype, device, None, *layers)
         self.trl_student: Any = make_student() if with_trl else None
 
 

@@ -14,10 +14,11 @@ from esr_train.fused import stack_projections
 from esr_train.linear import PackedLinear, packed_linears
 
 
-def merged_weight(layer: Any) -> Tensor:
+def merged_weight(layer: Any, out: Tensor | None = None) -> Tensor:
     """W + scaling * B @ A of a LoRA layer's adapters at work, in float32.
 
     Out of place: merging into a 16-bit weight and out of it, step after step, would wear it away.
+    out: float32, where the first sum may go.
     """
     base = layer.get_base_layer()
     merged = base.weight.float()
@@ -32,7 +33,7 @@ def merged_weight(layer: Any) -> Tensor:
             up, down = layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
             scaling = layer.scaling[adapter]
             if merged is base.weight:
-                merged = torch.addmm(merged, up, down, alpha=scaling)
+                merged = torch.addmm(merged, up, down, alpha=scaling, out=out)
             else:  # nor a copy of it
                 merged.addmm_(up, down, alpha=scaling)
         else:
@@ -109,7 +110,10 @@ class DecodeWeights:
             if isinstance(plain, PackedLinear):
                 plain.pack(merged_weight(layer))
             else:
-                plain.weight.copy_(merged_weight(layer))
+                weight = plain.weight
+                merged = merged_weight(layer, weight if weight.dtype == torch.float32 else None)
+                if merged is not weight:
+                    weight.copy_(merged)
         for source, weight in self._copied:
             weight.copy_(source)
         for linear in self._packed:

@@ -261,6 +261,7 @@ class FusedDecoder:
     def windows(self) -> set[int | None]:
         return self.layers.windows
 
+    @torch.no_grad()
     def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """The last hidden state [B, D] of left-padded prompts [B, P]."""
         _check_left_padded(prompt_mask)
@@ -282,6 +283,7 @@ class FusedDecoder:
         batch_size, num_slots = self.shape
         return states.new_zeros(batch_size, states.shape[1], num_slots, states.shape[2])
 
+    @torch.no_grad()
     def step(self, token_ids: Tensor) -> Tensor:
         """The hidden state [B, D] of one more token [B] a row."""
         hidden = self.layers(token_ids, self.positions, self._attend)

@@ -1,4 +1,4 @@
-"""The layers of a decoder of Llama's kind without gradient, in as few kernels as we know.
+"""The layers of a decoder of Llama's kind, in as few kernels as we know.
 
 Transformers' modules hold the weights; the code that runs is ours. Whether it computes what theirs
 does is tried, not looked up: `models.fused_layers` and `decoder.best_decoder` compare the two.
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
-from esr_kernels import RolloutBatch
-from esr_kernels.layers import gated, rms_norm, rotate_and_store
+from esr_kernels import RolloutBatch, gather_rows
+from esr_kernels.layers import add_rms_norm, rms_norm, rotate, rotate_and_store
 from esr_kernels.layers.reference import ACTIVATIONS
 from esr_train.attention import PackedLayout, Scores, no_mask
+from esr_train.lora import project, project_gated
 
 # The modules of Llama's kind, by the names that Transformers gives them.
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -52,18 +54,23 @@ class Norm:
     def weight(self) -> Tensor:
         return self.module.weight
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Of x, or of the residual to which x is added in place."""
-        return rms_norm(x, self.weight, eps=self.eps, offset=self.offset, residual=residual)
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps, offset=self.offset)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Of residual + x; and that."""
+        return add_rms_norm(x, residual, self.weight, eps=self.eps, offset=self.offset)
 
 
 class Projections:
-    """Linear layers of one input; one product where their weights lie one behind another."""
+    """Linear layers of one input; one product where their frozen weights lie side by side."""
 
     def __init__(self, *layers: Any) -> None:
         self.layers = layers
         self.joint: tuple[Tensor, Tensor | None] | None = None
-        if all(type(layer) is torch.nn.Linear for layer in layers):
+        parameters = [x for layer in layers for x in layer.parameters()]
+        frozen = not any(parameter.requires_grad for parameter in parameters)
+        if frozen and all(type(layer) is torch.nn.Linear for layer in layers):
             weight = adjacent([layer.weight for layer in layers])
             biases = [layer.bias for layer in layers if layer.bias is not None]
             bias = adjacent(biases) if len(biases) == len(layers) else None
@@ -73,7 +80,7 @@ class Projections:
 
     def __call__(self, hidden: Tensor) -> Sequence[Tensor]:
         if self.joint is None:
-            return [layer(hidden) for layer in self.layers]
+            return project(self.layers, hidden)
         return linear(hidden, *self.joint).split(self.sizes, dim=1)
 
 
@@ -117,6 +124,7 @@ class Layer:
     """
 
     def __init__(self, module: Any, scores: Scores, kind: str | None) -> None:
+        self.module = module
         attention, mlp = module.self_attn, module.mlp
         has_added_norms = _check_children(module, _LAYER, _ADDED_NORMS)
         has_head_norms = _check_children(attention, _ATTENTION, _HEAD_NORMS)
@@ -142,6 +150,20 @@ class Layer:
         """Of hidden states [T, D]."""
         query, key, value = (x.unflatten(1, (-1, self.head_dim)) for x in self.projections(hidden))
         return query, key, value
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_and_up(hidden)
+        return project_gated(self.down, gate, up, self.activation)
+
+    def rotated(self, heads: Heads, rotation: Rotation) -> Heads:
+        """With queries and keys turned, differentiable."""
+        query, key, value = heads
+        if self.head_norms is not None:
+            query, key = (
+                norm(x.flatten(0, 1)).view(x.shape)
+                for norm, x in zip(self.head_norms, (query, key), strict=True)
+            )
+        return *rotate(query, key, *rotation), value
 
     def rotate(self, heads: Heads, rotation: Rotation, **cache: Any) -> None:
         """Queries and keys, in place. cache: of `rotate_and_store`."""
@@ -198,29 +220,49 @@ class FusedLayers:
     def windows(self) -> set[int | None]:
         return {layer.scores.window for layer in self.layers}
 
-    @torch.no_grad()
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, attend: Attend, rows: Tensor | None = None
     ) -> Tensor:
-        """Final hidden states [T, D], or those of `rows` alone."""
+        """Final hidden states [T, D], or those of `rows` alone, each once."""
         residual = self.embed(input_ids)
         rotations = self._rotations(residual, position_ids)
-        hidden = self.layers[0].attention_norm(residual)
-        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
-        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            attended = attend(index, layer, layer.heads(hidden), rotations[layer.kind])
-            if rows is not None and next_norm is self.norm:
-                attended, residual = attended[rows], residual[rows]
-            hidden = layer.output(attended.flatten(1))
+        last = len(self.layers) - 1
+
+        def pass_through(index: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            """What the layer's second half adds to the residual, and that after the first."""
+            layer = self.layers[index]
+            attended = attend(index, layer, layer.heads(hidden), rotations[layer.kind]).flatten(1)
+            if rows is not None and index == last:
+                attended, residual = gather_rows(attended, rows), gather_rows(residual, rows)
+            hidden = layer.output(attended)
             if layer.added_norms is not None:
                 hidden = layer.added_norms[0](hidden)
-            hidden = layer.mlp_norm(hidden, residual)
-            gate, up = layer.gate_and_up(hidden)
-            hidden = layer.down(gated(gate, up, layer.activation))
+            hidden, residual = layer.mlp_norm.add(hidden, residual)
+            hidden = layer.mlp(hidden)
             if layer.added_norms is not None:
                 hidden = layer.added_norms[1](hidden)
-            hidden = next_norm(hidden, residual)
+            return hidden, residual
+
+        def recomputed(index: int, residual: Tensor) -> Tensor:
+            hidden, residual = pass_through(
+                index, self.layers[index].attention_norm(residual), residual
+            )
+            return residual + hidden
+
+        if torch.is_grad_enabled() and self._checkpoints():
+            for index in range(len(self.layers)):
+                residual = checkpoint(recomputed, index, residual, use_reentrant=False)
+            return self.norm(residual)
+        hidden = self.layers[0].attention_norm(residual)
+        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
+        for index, next_norm in enumerate(next_norms):
+            hidden, residual = next_norm.add(*pass_through(index, hidden, residual))
         return hidden
+
+    def _checkpoints(self) -> bool:
+        """Whether the model is told to keep the layers' inputs alone."""
+        module = self.layers[0].module
+        return module.training and getattr(module, "gradient_checkpointing", False)
 
     def _rotations(self, hidden: Tensor, position_ids: Tensor) -> dict[str | None, Rotation]:
         rotations: dict[str | None, Rotation] = {}
@@ -240,7 +282,10 @@ class FusedLayers:
         layout = PackedLayout(batch)
 
         def attend(index: int, layer: Layer, heads: Heads, rotation: Rotation) -> Tensor:
-            layer.rotate(heads, rotation, **cache(index, *heads[1:]))
+            if torch.is_grad_enabled():
+                heads = layer.rotated(heads, rotation)
+            else:
+                layer.rotate(heads, rotation, **cache(index, *heads[1:]))
             query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in heads)
             return layout.attend(query, key, value, layer.scores)[0]
 

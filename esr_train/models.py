@@ -87,7 +87,7 @@ def load_student(config: TrainConfig, device: torch.device, checkpoint: Path | N
         model = _load_adapter(model, checkpoint) if checkpoint else _add_lora(model, config)
         fuse_adapters(model)
     if config.gradient_checkpointing:
-        _checkpoint_activations(transformer(model))
+        checkpoint_activations(transformer(model))
     # Models load in eval mode, where LoRA's dropout and checkpointing are off.
     return model.to(device).train()
 
@@ -109,7 +109,7 @@ def _load_adapter(model: Any, checkpoint: Path) -> PeftModel:
         raise unreadable(checkpoint, error) from error
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     # Transformers 5.23 renamed it; the old name warns there and is the only one before.
     enable = getattr(model, "activation_checkpointing_enable", None)
     try:
@@ -235,21 +235,26 @@ def _probes(core: Any) -> list[RolloutBatch]:
 
 @torch.no_grad()
 def fused_layers(model: Any) -> FusedLayers | None:
-    """To read packed batches with, where they compute what the frozen `model` does.
+    """To read packed batches with, where they compute what `model` does.
 
-    Its projections are laid one behind another. None too where it does not read packed batches.
+    Frozen projections are laid one behind another. None too where it does not read packed batches.
     """
-    if not takes_layouts(model):
+    core = transformer(model)
+    if not takes_layouts(core):
         return None
-    stack_projections(model, lambda weight: not weight.requires_grad)
-    batch = _probes(model)[0]
+    stack_projections(core, lambda weight: not weight.requires_grad)
+    batch = _probes(core)[0]
+    was_training = core.training
     try:
-        layers = FusedLayers(model)
+        layers = FusedLayers(core)  # as in training: what would drop out differs below
+        core.eval()
         states = layers.read(batch)
+        expected = _hidden_states(core, batch, PackedLayout(batch))
     except Exception:  # whatever an architecture says to being taken for another
         return None
-    difference = relative_difference(states, _hidden_states(model, batch, PackedLayout(batch)))
-    return layers if difference < same_states(model) else None
+    finally:
+        core.train(was_training)
+    return layers if relative_difference(states, expected) < same_states(core) else None
 
 
 def _hidden_states(core: Any, batch: RolloutBatch, layout: PackedLayout) -> Tensor:
@@ -270,7 +275,7 @@ class Pair:
 
     student: what is trained and saved, a PeftModel or the Transformers model itself.
     bridge: to a teacher with another tokenizer; None of one.
-    teacher_layers: what the teacher scores with; None where only its own modules can.
+    student_layers, teacher_layers: what they read packed batches with; None: their own modules.
     """
 
     student: Any
@@ -279,6 +284,7 @@ class Pair:
     dtype: torch.dtype
     device: torch.device
     bridge: Bridge | None = None
+    student_layers: FusedLayers | None = None
     teacher_layers: FusedLayers | None = None
 
     def autocast(self) -> torch.autocast:
@@ -299,7 +305,11 @@ class Pair:
         Packed where the model can (`enable_packing`), else padded: the same to rounding.
         """
         core = transformer(model)
+        layers = self.student_layers if model is self.student else self.teacher_layers
         with self.autocast():
+            if layers is not None:
+                chosen = batch.loss_rows if rows is None else batch.loss_rows[rows]
+                return layers.read(batch, chosen).to(self.dtype)
             if takes_layouts(core):
                 hidden = _hidden_states(core, batch, PackedLayout(batch))
                 loss_rows = batch.loss_rows
@@ -318,10 +328,7 @@ class Pair:
     @torch.inference_mode()
     def score(self, rollout: Rollout) -> Tensor:
         """The teacher's hidden states on its reading of the response; nothing else is kept."""
-        batch = rollout.teacher
-        if self.teacher_layers is not None:
-            return self.teacher_layers.read(batch, batch.loss_rows)
-        return self.response_states(self.teacher, batch)
+        return self.response_states(self.teacher, rollout.teacher)
 
     def reverse_kl(
         self, rollout: Rollout, teacher_states: Tensor, **words: Any
@@ -380,4 +387,5 @@ def load_pair(
         if reason := enable_packing(model):
             warnings.warn(f"the {role} reads padded batches: {reason}", stacklevel=2)
     dtype = compute_dtype(config, device)
-    return Pair(student, teacher, vocabulary, dtype, device, bridge, fused_layers(teacher))
+    layers = fused_layers(student), fused_layers(teacher)
+    return Pair(student, teacher, vocabulary, dtype, device, bridge, *layers)

@@ -14,6 +14,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
 }
+# (what reaches the activation, its input) -> what reaches its input
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+}
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -21,19 +26,70 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def run_rms_norm(
-    x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    if residual is not None:
-        x = residual.add_(x)
-    return _normed(_wide(x), weight, eps, offset).to(x.dtype)
+    """total: where residual + x goes, which may be the residual."""
+    value = x if residual is None else torch.add(residual, x, out=total)
+    wide = _wide(value)
+    return (wide * _factor(wide, eps)).mul_(_gain(weight, offset)).to(x.dtype)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def _factor(x: Tensor, eps: float) -> Tensor:
     # A vector norm is one pass, and quicker than squares and their mean.
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    factor = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _gain(weight: Tensor, offset: float) -> Tensor:
     weight = _wide(weight)
-    return (x * factor).mul_(weight + offset if offset else weight)
+    return weight + offset if offset else weight
+
+
+def run_rms_norm_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """grad_total: what reaches x beside the norm."""
+    wide, grad = _wide(x), _wide(grad)
+    factor = _factor(wide, eps)
+    normed = wide * factor
+    grad_weight = (grad * normed).sum(dim=0).to(weight.dtype) if needs_weight else None
+    scaled = grad * _gain(weight, offset)
+    along = torch.linalg.vecdot(scaled, normed).unsqueeze(-1).div_(x.shape[-1])
+    grad_x = scaled.addcmul_(normed, along, value=-1).mul_(factor)
+    if grad_total is not None:
+        grad_x += grad_total
+    return grad_x.to(x.dtype), grad_weight
+
+
+def run_rotate(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """backward: by the transposed rotation."""
+    cos, sin = _wide(cos).unsqueeze(1), _wide(sin).unsqueeze(1)
+    turn = _turned_back if backward else _turned
+    query, key = (turn(_wide(x), cos, sin).to(x.dtype) for x in (query, key))
+    return query, key
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((-high, low), dim=-1).mul_(sin).addcmul_(x, cos)
+
+
+def _turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = (x * sin).chunk(2, dim=-1)
+    return torch.cat((high, -low), dim=-1).addcmul_(x, cos)
 
 
 def run_rotate_and_store(
@@ -48,13 +104,12 @@ def run_rotate_and_store(
     slots: Tensor | None,
 ) -> None:
     cos, sin = _wide(cos).unsqueeze(1), _wide(sin).unsqueeze(1)
-    half = query.shape[2] // 2
     for states in (query, key):
         x = _wide(states)
         if norms is not None:
-            x = _normed(x, norms[0] if states is query else norms[1], norms[2], norms[3])
-        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1).mul_(sin)
-        states.copy_(turned.addcmul_(x, cos))
+            weight = norms[0] if states is query else norms[1]
+            x = (x * _factor(x, norms[2])).mul_(_gain(weight, norms[3]))
+        states.copy_(_turned(x, cos, sin))
     if cache is None or slots is None:
         return
     for part, states in zip(cache, (key, value), strict=True):
@@ -98,3 +153,13 @@ def run_decode_attention(
 
 def run_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](_wide(gate)).mul_(up).to(gate.dtype)
+
+
+def run_gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str, wants_product: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    wide, grad = _wide(gate), _wide(grad)
+    active = ACTIVATIONS[activation](wide)
+    product = (active * up).to(gate.dtype) if wants_product else None
+    grad_gate = DERIVATIVES[activation](grad * up, wide).to(gate.dtype)
+    return grad_gate, active.mul_(grad).to(up.dtype), product

@@ -5,7 +5,16 @@ import torch
 from numerics import relative_error
 from torch.nn.functional import gelu, silu
 
-from esr_kernels.layers import decode_attention, gated, reference, rms_norm, rotate_and_store
+from esr_kernels.layers import (
+    add_rms_norm,
+    decode_attention,
+    gated,
+    gated_backward,
+    reference,
+    rms_norm,
+    rotate,
+    rotate_and_store,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 both = pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -30,23 +39,119 @@ def assert_close(actual, truth, dtype):
     assert relative_error(actual, truth) < LIMITS[dtype]
 
 
+norms = pytest.mark.parametrize(
+    ("rows", "columns", "offset"), [(1, 8, 0.0), (3, 97, 1.0), (2, 1536, 0.0)]
+)
+
+
+def normed(value, weight, offset):
+    factor = (value.square().mean(1, keepdim=True) + 1e-3).rsqrt()
+    return value * factor * (weight.double() + offset)
+
+
+def rounded_sum(x, residual):
+    return (residual.float() + x.float()).to(residual.dtype)
+
+
+def rounds_alike(impl, dtype):
+    """Triton's interpreter does not round to the nearest bfloat16."""
+    return impl == "torch" or dtype != torch.bfloat16 or DEVICE == "cuda"
+
+
 @both
 @dtypes
-@pytest.mark.parametrize("with_residual", [True, False])
-@pytest.mark.parametrize(("rows", "columns", "offset"), [(1, 8, 0.0), (3, 97, 1.0), (2, 1536, 0.0)])
-def test_rms_norm(impl, dtype, with_residual, rows, columns, offset):
+@norms
+def test_rms_norm(impl, dtype, rows, columns, offset):
     x = random(rows, columns + 5, dtype=dtype)[:, :columns]
     weight = random(columns, dtype=dtype)
-    residual = random(rows, columns, dtype=dtype) if with_residual else None
-    value = x.double()
-    if residual is not None:
-        value = (residual.float() + x.float()).to(dtype).double()
-    truth = value * (value.square().mean(1, keepdim=True) + 1e-3).rsqrt()
-    truth *= weight.double() + offset
-    found = rms_norm(x, weight, eps=1e-3, offset=offset, residual=residual, impl=impl)
-    assert_close(found, truth, dtype)
-    if residual is not None and (impl == "torch" or dtype != torch.bfloat16 or DEVICE == "cuda"):
-        assert torch.equal(residual, value.to(dtype))  # the interpreter rounds bf16 otherwise
+    found = rms_norm(x, weight, eps=1e-3, offset=offset, impl=impl)
+    assert_close(found, normed(x.double(), weight, offset), dtype)
+
+
+@both
+@dtypes
+@norms
+@pytest.mark.parametrize("wide", [True, False])
+def test_add_rms_norm(impl, dtype, rows, columns, offset, wide):
+    """In place without gradient, and elsewhere with one; the residual may be float32."""
+    x = random(rows, columns + 5, dtype=dtype)[:, :columns]
+    weight, residual = random(columns), random(rows, columns + 3)[:, :columns]
+    if not wide:
+        weight, residual = weight.to(dtype), residual.to(dtype)
+    value = rounded_sum(x, residual)
+    truth = normed(value.double(), weight, offset)
+    options = {"eps": 1e-3, "offset": offset, "impl": impl}
+    before = residual.clone()
+    found, total = add_rms_norm(x.clone().requires_grad_(), residual, weight, **options)
+    assert torch.equal(residual, before)
+    again, in_place = add_rms_norm(x, residual, weight, **options)
+    assert in_place is residual
+    assert torch.equal(in_place, total)
+    assert torch.equal(again, found)
+    assert_close(found.detach(), truth, dtype)
+    if rounds_alike(impl, residual.dtype):
+        assert torch.equal(total, value)
+
+
+def compared_gradients(function, truth, leaves, dtype):
+    """Gradients in float64 of `truth`, and of `function` in `dtype` from the same upstream."""
+    torch.manual_seed(1)
+    found = function(*(leaf.requires_grad_() for leaf in leaves))
+    upstream = [random(*output.shape, dtype=output.dtype) for output in found]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = torch.autograd.grad(truth(*wide), wide, [x.double() for x in upstream])
+    for leaf, grad, exact in zip(
+        leaves, torch.autograd.grad(found, leaves, upstream), expected, strict=True
+    ):
+        assert grad.dtype == leaf.dtype
+        assert_close(grad, exact, leaf.dtype)
+
+
+@both
+@dtypes
+@norms
+@pytest.mark.parametrize("programs", [1, 512])
+def test_gradients_of_norms(impl, dtype, rows, columns, offset, programs, monkeypatch):
+    from esr_kernels.layers import kernels
+
+    monkeypatch.setattr(kernels, "WEIGHT_PROGRAMS", programs)
+    options = {"eps": 1e-3, "offset": offset, "impl": impl}
+    x, residual = (random(rows, columns + 5, dtype=dtype)[:, :columns] for _ in range(2))
+    weight = random(columns, dtype=dtype)
+    compared_gradients(
+        lambda x, weight: [rms_norm(x, weight, **options)],
+        lambda x, weight: [normed(x, weight, offset)],
+        [x.detach(), weight],
+        dtype,
+    )
+    if dtype != torch.float32:  # so that the sum is what it is in float64
+        x, residual = (torch.randint(-9, 9, x.shape, device=DEVICE).to(dtype) for _ in range(2))
+    compared_gradients(
+        lambda x, residual, weight: add_rms_norm(x, residual, weight, **options),
+        lambda x, residual, weight: [normed(residual + x, weight, offset), residual + x],
+        [x.detach(), residual.detach(), weight.detach()],
+        dtype,
+    )
+
+
+@both
+def test_gradients_of_a_part_of_a_norm(impl):
+    """Only the norm, or only the sum; a frozen weight; a residual of float32; broadcast ones."""
+    x, residual = random(4, 33, dtype=torch.bfloat16).requires_grad_(), random(4, 33)
+    weight = random(33)
+    residual.requires_grad_()
+    first, total = add_rms_norm(x, residual, weight, eps=1e-3, impl=impl)
+    assert (first.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    total.sum().backward(retain_graph=True)
+    assert torch.equal(residual.grad, torch.ones_like(residual))
+    assert torch.equal(x.grad, torch.ones_like(x))
+    x.grad = residual.grad = None
+    first.sum().backward()
+    wide = (x.double() + residual.double()).detach().requires_grad_()
+    normed(wide, weight, 0.0).sum().backward()
+    assert_close(residual.grad, wide.grad, torch.float32)
+    assert_close(x.grad, wide.grad, torch.bfloat16)
+    assert weight.grad is None
 
 
 def turned(x, cos, sin, weight, eps, offset):
@@ -102,6 +207,34 @@ def test_rotate_and_store(impl, dtype, with_norms, dim, value_dim, place):
     assert torch.equal(values, before[1])
 
 
+@both
+@dtypes
+@pytest.mark.parametrize("dim", [8, 80])
+def test_rotate(impl, dtype, dim):
+    """Halves turned by angles of their own, as rotations of several dimensions have them."""
+    tokens, num_queries, num_keys = 5, 6, 2
+    stacked = random(tokens, (num_queries + num_keys) * dim, dtype=dtype)
+    query, key = stacked.split([num_queries * dim, num_keys * dim], dim=1)
+    query, key = query.unflatten(1, (num_queries, dim)), key.unflatten(1, (num_keys, dim))
+    before = stacked.clone()
+    angles = random(tokens, dim)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    found = rotate(query, key, cos, sin, impl=impl)
+    assert torch.equal(stacked, before)
+    for output, x in zip(found, (query, key), strict=True):
+        assert output.is_contiguous()
+        assert_close(output, turned(x, cos, sin, None, 0.0, 0.0), dtype)
+    compared_gradients(
+        lambda query, key: rotate(query, key, cos, sin, impl=impl),
+        lambda query, key: [turned(x, cos, sin, None, 0.0, 0.0) for x in (query, key)],
+        [query.detach(), key.detach()],
+        dtype,
+    )
+    query.requires_grad_()
+    rotate(query, key, cos, sin, impl=impl)[0].sum().backward()  # a gradient without strides
+    assert query.grad is not None
+
+
 def attended(query, keys, values, first, last, scale, window, softcap):
     group = query.shape[1] // keys.shape[1]
     keys, values = (x.double().repeat_interleave(group, dim=1) for x in (keys, values))
@@ -143,7 +276,7 @@ def test_decode_attention(impl, dtype, heads, dim, value_dim, num_slots, last, w
 
 
 def test_splits_are_of_shapes_alone():
-    from esr_kernels.layers.kernels import num_splits
+    from esr_kernels.layers.decode_kernels import num_splits
 
     assert [num_splits(s, p) for s, p in ((256, 32), (512, 32), (2048, 32), (2048, 1024), (8, 1))] \
         == [2, 4, 16, 1, 1]  # fmt: skip
@@ -161,10 +294,49 @@ def test_gated(impl, dtype, activation, rows, columns):
 
 
 @both
+@dtypes
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 3), (5, 2051)])
+def test_gradients_of_gated(impl, dtype, activation, rows, columns):
+    function = {"silu": silu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}[activation]
+    gate, up = (4 * random(rows, 2 * columns, dtype=dtype)).split(columns, dim=1)
+    compared_gradients(
+        lambda gate, up: [gated(gate, up, activation, impl)],
+        lambda gate, up: [function(gate) * up],
+        [gate.detach(), up.detach()],
+        dtype,
+    )
+    grad = random(rows, columns, dtype=dtype)
+    found = gated_backward(grad, gate, up, activation, impl)
+    assert not any(x.requires_grad for x in found)
+    assert_close(found[2], function(gate.double()) * up.double(), dtype)
+    assert_close(found[1], grad.double() * function(gate.double()), dtype)
+
+
+@both
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_far_out_the_gate_is_open_or_shut(impl, activation):
+    gate = torch.tensor([[-1e30, -1e4, -200.0, 200.0, 1e4, 1e30]], device=DEVICE)
+    ones = torch.ones_like(gate)
+    slope, active, product = gated_backward(ones, gate, ones, activation, impl)
+    is_open = (gate > 0).float()
+    if impl == "torch" and activation == "gelu_tanh":
+        slope = is_open  # PyTorch's own is NaN far out
+    for found, truth in ((slope, is_open), (active, gate * is_open), (product, gate * is_open)):
+        torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-4)
+
+
+@both
 def test_no_tokens(impl):
     empty = random(0, 8)
-    assert rms_norm(empty, random(8), eps=1e-6, impl=impl).shape == (0, 8)
+    weight = random(8).requires_grad_()
     assert gated(empty, empty, "silu", impl).shape == (0, 8)
+    for x in (empty, empty.clone().requires_grad_()):
+        output = gated(rms_norm(x, weight, eps=1e-6, impl=impl), x, "silu", impl)
+        output, total = add_rms_norm(output, x, weight, eps=1e-6, impl=impl)
+        query, _ = rotate(output.view(0, 2, 4), random(0, 1, 4), empty[:, :4], empty[:, :4], impl)
+        (query.sum() + total.sum()).backward()
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
     heads = random(0, 2, 8)
     rotate_and_store(heads, heads, heads, empty, empty, impl=impl)
 
@@ -175,7 +347,10 @@ def test_bad_input():
         (lambda: rms_norm(x[0], weight, eps=0.1), r"^x: expected shape \[T, D\]"),
         (lambda: rms_norm(x, random(7), eps=0.1), r"^weight: expected shape \[8\]"),
         (lambda: rms_norm(random(8, 2).T, weight, eps=0.1), "^x: expected a last dimension of st"),
-        (lambda: rms_norm(x, weight, eps=0.1, residual=x[:1]), r"^residual: expected shape \[2, 8"),
+        (lambda: add_rms_norm(x, x[:1], weight, eps=0.1), r"^residual: expected shape \[2, 8\]"),
+        (lambda: add_rms_norm(x, x, weight[:3], eps=0.1), r"^weight: expected shape \[8\]"),
+        (lambda: rotate(x.view(2, 2, 4), x.view(2, 2, 4), x, x), r"^cos: expected shape \[2, 4\]"),
+        (lambda: gated_backward(x[:1], x, x, "silu"), r"^grad: expected shape \[2, 8\]"),
         (lambda: gated(x, x, "relu"), "^activation: expected one of"),
         (lambda: gated(x, x[:1], "silu"), r"^up: expected shape \[2, 8\]"),
     ):

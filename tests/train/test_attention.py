@@ -1,11 +1,14 @@
 """Packed batches: every row and every gradient as if each sequence were alone."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, make_model
+from peft import LoraConfig, get_peft_model
 from tiny_models import SHAPE
 from transformers import (
     GptOssConfig,
@@ -19,7 +22,14 @@ from transformers import (
 from esr_kernels import gather_rows, rollout_batch
 from esr_train import attention
 from esr_train.attention import PackedLayout, Scores, accept_layouts, attend_masked, takes_layouts
-from esr_train.models import Pair, enable_packing, fused_layers, transformer
+from esr_train.lora import fuse_adapters
+from esr_train.models import (
+    Pair,
+    checkpoint_activations,
+    enable_packing,
+    fused_layers,
+    transformer,
+)
 
 PROMPTS = torch.tensor([[0, 0, 7, 8, 9], [11, 12, 13, 14, 15], [0, 0, 0, 0, 21]])
 MASK = PROMPTS > 0
@@ -77,14 +87,103 @@ def test_packed_padded_and_alone_are_the_same(name):
     assert_same_gradients(gradients(model, packed), expected_gradients)
 
 
+def with_adapters(model):
+    """LoRA on all linear layers, with weights that make a difference."""
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    fuse_adapters(model)
+    return model
+
+
+def vary_norms(model):
+    """So that no two of a norm's weights are the same."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.rand_like(parameter))
+
+
+def count_calls(module, name):
+    counter = Mock(wraps=getattr(module, name))
+    object.__setattr__(module, name, counter)
+    return counter
+
+
+def fused_pair(model):
+    layers = fused_layers(model)
+    assert layers is not None
+    return dataclasses.replace(pair_of(model), student_layers=layers)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_student_trains_by_fused_layers(name, lora, checkpointed):
+    """States and every gradient as its own modules have them, a sequence at a time."""
+    model, batch = make_model(name), make_batch()
+    vary_norms(model)
+    whole = with_adapters(model) if lora else model
+    expected = alone(model, batch)
+    expected_gradients = gradients(whole, expected)
+    assert fused_layers(whole) is None  # it reads no packed batches yet
+    assert enable_packing(whole) is None
+    pair = fused_pair(whole.train())
+    assert whole.training
+    if checkpointed:
+        checkpoint_activations(model)
+    passes = count_calls(model.model.layers[0].mlp.down_proj, "factors" if lora else "forward")
+    states = pair.response_states(whole, batch)
+    assert states.shape == expected.shape
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+    some = torch.tensor([5, 0, 3])
+    torch.testing.assert_close(pair.response_states(whole, batch, some), expected[some])
+    assert_same_gradients(gradients(whole, states), expected_gradients)
+    assert passes.call_count == (3 if checkpointed else 2)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2"])
+def test_in_16_bits_fused_layers_are_as_exact_as_the_modules(name, lora):
+    """Full fine-tuning of float32 weights, LoRA on bfloat16 ones: no further from the truth."""
+    model, batch = make_model(name), make_batch()
+    vary_norms(model)
+    model.bfloat16()
+    torch.manual_seed(1)
+    whole = with_adapters(model) if lora else model.float()
+    assert enable_packing(whole) is None
+    in_16_bits = dataclasses.replace(fused_pair(whole), dtype=torch.bfloat16)
+    by_modules = dataclasses.replace(in_16_bits, student_layers=None)
+    pairs = [by_modules, in_16_bits, dataclasses.replace(by_modules, dtype=torch.float32)]
+    results = []
+    for pair in pairs:
+        if pair.dtype == torch.float32:
+            whole.float()
+        states = pair.response_states(whole, batch)
+        assert states.dtype == pair.dtype
+        results.append((states, gradients(whole, states.float())))
+    own, fused, truth = results
+    assert set(own[1]) == set(fused[1]) == set(truth[1])
+
+    def error(found):
+        parts = [found[0] - truth[0], *(found[1][n] - x for n, x in truth[1].items())]
+        whole = [truth[0], *truth[1].values()]
+        return [
+            (x.norm() / y.norm().clamp(min=1e-6)).item() for x, y in zip(parts, whole, strict=True)
+        ]
+
+    assert all(x < 1.5 * y + 0.02 for x, y in zip(error(fused), error(own), strict=True))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
 def test_checkpointing_recomputes_the_same(name):
     """The layers run again in backward, when no layout is being handed to the model."""
     model, batch = make_model(name), make_batch()
     assert enable_packing(model) is None
     expected = gradients(model.train(), pair_of(model).response_states(model, batch))
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    checkpoint_activations(model)
     found = gradients(model, pair_of(model).response_states(model, batch))
     assert_same_gradients(found, expected)
 
@@ -295,10 +394,13 @@ def test_a_broken_flash_attn_is_gone_without(monkeypatch, tmp_path):
 def test_dropout_of_a_layer_is_applied():
     model, batch = make_model("qwen2").train(), make_batch()
     enable_packing(model)
+    assert fused_layers(model) is not None
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     first, again = (pair_of(model).response_states(model, batch) for _ in range(2))
     assert not torch.equal(first, again)
+    assert fused_layers(model) is None
+    assert model.training
 
 
 def test_dropout_reaches_the_scores(states):

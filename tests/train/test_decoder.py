@@ -130,6 +130,9 @@ def test_stacked_projections_are_one_product(bias):
     x = torch.randn(5, 32)
     expected = [layer(x) for layer in layers]
     assert Projections(*layers).joint is None
+    stack_projections(attention, lambda weight: True)
+    assert Projections(*layers).joint is None  # what trains gets its own gradient
+    attention.requires_grad_(False)
     parameters = [layer.weight for layer in layers]
     stack_projections(attention, lambda weight: True)
     assert all(layer.weight is old for layer, old in zip(layers, parameters, strict=True))

@@ -103,12 +103,12 @@ def test_what_is_more_than_that_peft_computes(changes):
     torch.manual_seed(3)
     expected = layer(x)
     fuse_adapters(model)
-    assert layer._plain_adapter() is None
+    assert not layer.is_plain()
     torch.manual_seed(3)
     torch.testing.assert_close(layer(x), expected)
     if "lora_dropout" in changes:
         model.eval()
-        assert layer._plain_adapter() == "default"
+        assert layer.is_plain()
 
 
 def test_states_of_a_layer():
@@ -129,7 +129,7 @@ def test_states_of_a_layer():
     assert layer.base_layer.weight.grad is not None
     model.add_adapter("second", LoraConfig(r=2, target_modules=["linear"]))
     model.base_model.set_adapter(["default", "second"])
-    assert layer._plain_adapter() is None
+    assert not layer.is_plain()
 
 
 def test_which_layers():

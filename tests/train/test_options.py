@@ -229,10 +229,13 @@ def test_bf16_computes_in_bf16(config):
             given = changed(config, bf16=bf16, use_peft=use_peft)
             pair, optimizer, step = make_step(given)
             seen = []
-            decoder = transformer(pair.student).get_decoder()
-            decoder.layers[0].mlp.down_proj.register_forward_hook(
-                lambda module, args, output, seen=seen: seen.append(output.dtype)
-            )
+            layer = pair.student_layers.layers[0]
+
+            def mlp(hidden, compute=layer.mlp, seen=seen):
+                seen.append((output := compute(hidden)).dtype)
+                return output
+
+            layer.mlp = mlp
             record = step()
             expected = torch.bfloat16 if bf16 else torch.float32
             assert set(seen) == {expected}

@@ -343,8 +343,13 @@ def test_gradient_checkpointing_recomputes(config):
     config = dataclasses.replace(config, gradient_checkpointing=True)
     pair, prompts, engine = set_up(config)
     calls = []
-    layer = transformer(pair.student).model.layers[0]
-    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    layer = pair.student_layers.layers[0]
+
+    def mlp(hidden, compute=layer.mlp):
+        calls.append(torch.is_grad_enabled())
+        return compute(hidden)
+
+    layer.mlp = mlp
     train_step(0, config, pair, engine, prompts, *make_optimizer(config, pair), PhaseMeter(CPU))
     # Once forward, and once more in backward; it is the student's twin that generates.
     assert calls == [True] * 2

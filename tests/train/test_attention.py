@@ -36,13 +36,14 @@ MASK = PROMPTS > 0
 RESPONSES = torch.tensor([[31, 32, 2, 0, 0, 0], [41, 42, 43, 44, 45, 46], [2, 0, 0, 0, 0, 0]])
 
 
-def make_batch(prompts=PROMPTS):
-    return rollout_batch(prompts, MASK, RESPONSES, eos_token_ids=(2,))
+def make_batch(prompts=PROMPTS, device="cpu"):
+    tensors = [x.to(device) for x in (prompts, MASK, RESPONSES)]
+    return rollout_batch(*tensors, eos_token_ids=(2,))
 
 
 def pair_of(model):
     vocabulary = SimpleNamespace(pad_token_id=0)
-    return Pair(model, model, vocabulary, model.dtype, torch.device("cpu"))
+    return Pair(model, model, vocabulary, model.dtype, model.device)
 
 
 def alone(model, batch):
@@ -144,11 +145,12 @@ def test_the_student_trains_by_fused_layers(name, lora, checkpointed):
     assert passes.call_count == (3 if checkpointed else 2)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2"])
-def test_in_16_bits_fused_layers_are_as_exact_as_the_modules(name, lora):
+def test_in_16_bits_fused_layers_are_as_exact_as_the_modules(name, lora, device):
     """Full fine-tuning of float32 weights, LoRA on bfloat16 ones: no further from the truth."""
-    model, batch = make_model(name), make_batch()
+    model, batch = make_model(name).to(device), make_batch(device=device)
     vary_norms(model)
     model.bfloat16()
     torch.manual_seed(1)

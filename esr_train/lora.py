@@ -152,6 +152,7 @@ class _LoraProducts(torch.autograd.Function):
                 grad_gate, grad_x, rows = gated_backward(grad_x, gate, rows, ctx.activation)
             elif gate is not None:
                 rows = gated(gate, rows, ctx.activation)
+            rows = rows.to(weights[0].dtype)
             adapters: list[Tensor | None] = []
             for number, scaling in enumerate(ctx.scalings):
                 needs_down, needs_up = ctx.needs_input_grad[7 + 4 * number : 9 + 4 * number]

@@ -9,7 +9,7 @@ from tiny_models import make_student
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from esr_train.lora import FusedLora, fuse_adapters
+from esr_train.lora import FusedLora, fuse_adapters, project_gated
 
 
 class Net(nn.Module):
@@ -76,6 +76,29 @@ def test_under_autocast(checkpointed):
     for found, peft, true in zip(fused, own, truth, strict=True):
         assert found.dtype == peft.dtype
         assert relative_error(found, true) < 1.5 * relative_error(peft, true) + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("trains_gate", [False, True])
+def test_of_a_gated_product(dtype, autocast, trains_gate):
+    """What is not kept is computed again, whatever the dtype of its parts."""
+    model, layer = make_layer(6, 5, dtype=dtype)
+    fuse_adapters(model)
+    gate, up = (torch.randn(4, 6, dtype=dtype).requires_grad_(trains_gate) for _ in range(2))
+    leaves = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    leaves += [gate, up] if trains_gate else []
+    results = []
+    for compute in (
+        lambda: project_gated(layer, gate, up, "silu"),
+        lambda: layer(torch.nn.functional.silu(gate) * up),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = compute()
+        results.append([output, *torch.autograd.grad(output.double().square().sum(), leaves)])
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        assert relative_error(found, expected.double()) < (0.02 if autocast else 1e-5)
 
 
 def test_only_what_is_needed():

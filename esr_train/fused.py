@@ -205,6 +205,7 @@ class FusedLayers:
         """model: one that takes layouts. Raises ValueError where it is of another kind."""
         decoder = model.get_decoder()
         _check_children(decoder, _DECODER)
+        self.decoder = decoder
         self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
         self.has_kinds = "layer_type" in signature(self.rotary.forward).parameters
         kinds = model.config.get_text_config().layer_types if self.has_kinds else None
@@ -261,8 +262,10 @@ class FusedLayers:
 
     def _checkpoints(self) -> bool:
         """Whether the model is told to keep the layers' inputs alone."""
-        module = self.layers[0].module
-        return module.training and getattr(module, "gradient_checkpointing", False)
+        modules = self.decoder, self.layers[0].module
+        return self.decoder.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in modules
+        )
 
     def _rotations(self, hidden: Tensor, position_ids: Tensor) -> dict[str | None, Rotation]:
         rotations: dict[str | None, Rotation] = {}
@@ -293,20 +296,36 @@ class FusedLayers:
 
 
 def _scores(decoder: Any) -> list[Scores]:
-    """How each layer weighs, as it tells a layout."""
+    """How each layer weighs, as it tells a layout in the mode that it is in."""
+    scores, _ = _asked(decoder, 0)
+    was_training = decoder.training
+    decoder.eval()
+    # The first position last: some rotations keep what the furthest one needed.
+    far = getattr(decoder.config, "max_position_embeddings", 2**15) - 1
+    distant, near = (_asked(decoder, position)[1] for position in (far, 0))
+    decoder.train(was_training)
+    if not torch.allclose(distant, near, rtol=0.03):
+        raise ValueError("its positions do more than to rotate queries and keys")
+    return scores
+
+
+def _asked(decoder: Any, position: int) -> tuple[list[Scores], Tensor]:
+    """The scores of every layer, and the lengths of queries and keys, of a token at `position`."""
+    device = decoder.norm.weight.device
     found: list[Scores] = []
+    lengths: list[Tensor] = []
 
     class Recorder:
         def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
             found.append(scores)
-            return query.transpose(1, 2)
+            lengths.append(torch.stack([query.float().norm(), key.float().norm()]))
+            return torch.zeros_like(query).transpose(1, 2)  # so layers see the same at any position
 
-    device = decoder.norm.weight.device
     decoder(
         input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),
         attention_mask=no_mask(device),
-        position_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),
+        position_ids=torch.full((1, 1), position, device=device),
         use_cache=False,
         layout=Recorder(),
     )
-    return found
+    return found, torch.stack(lengths)

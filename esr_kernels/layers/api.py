@@ -66,7 +66,7 @@ def add_rms_norm(
 
     Args:
         x: [T, D]. Rows may lie apart.
-        residual: [T, D]. Where no gradient is needed the sum is written over it.
+        residual: [T, D]. Under `torch.no_grad` the sum is written over it.
         weight, eps, offset, impl: as `rms_norm`.
 
     Returns:
@@ -77,7 +77,7 @@ def add_rms_norm(
     """
     backend = _norm_backend(impl, x, weight)
     _check("residual", residual, (x.shape[0], x.shape[1]))
-    if not needs_gradient(x, residual, weight):
+    if not torch.is_grad_enabled():
         return backend.run_rms_norm(x, weight, eps, offset, residual, residual), residual
     normed, total = AddRMSNorm.apply(x, residual, weight, eps, offset, backend)
     return normed, total

@@ -65,7 +65,8 @@ def run_rms_norm_backward(
     normed = wide * factor
     grad_weight = (grad * normed).sum(dim=0).to(weight.dtype) if needs_weight else None
     scaled = grad * _gain(weight, offset)
-    along = torch.linalg.vecdot(scaled, normed).unsqueeze(-1).div_(x.shape[-1])
+    # Not vecdot, which autocast would run in 16 bits.
+    along = (scaled * normed).sum(dim=-1, keepdim=True).div_(x.shape[-1])
     grad_x = scaled.addcmul_(normed, along, value=-1).mul_(factor)
     if grad_total is not None:
         grad_x += grad_total

@@ -145,6 +145,25 @@ def test_the_student_trains_by_fused_layers(name, lora, checkpointed):
     assert passes.call_count == (3 if checkpointed else 2)
 
 
+def test_checkpointed_layers_keep_their_inputs():
+    """Adapters of the MLP alone: what reaches the first layer needs no gradient, but is kept."""
+    model, batch = make_model("qwen3"), make_batch()
+    config = LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], task_type="CAUSAL_LM")
+    whole = get_peft_model(model, config)
+    fuse_adapters(whole)
+    assert enable_packing(whole) is None
+    pair = fused_pair(whole.train())
+    expected = gradients(whole, pair.response_states(whole, batch))
+    for module in (model.model, *model.model.layers):  # of the model alone, as older ones have it
+        module.gradient_checkpointing = module is model.model
+    passes = count_calls(model.model.layers[0].mlp.down_proj, "factors")
+    found = gradients(whole, pair.response_states(whole, batch))
+    assert passes.call_count == 2
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2"])

@@ -12,6 +12,8 @@ from tiny_models import SHAPE, make_student
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
 )
@@ -115,6 +117,20 @@ def test_what_is_not_of_llamas_kind_is_decoded_by_its_own_modules():
     model = GraniteForCausalLM(config).eval()
     accept_layouts(model)
     assert making(model) == (StaticDecoder, None)
+
+
+def test_queries_that_grow_with_the_position_are_found_out():
+    """Ministral's are scaled beyond the context it was first trained on, which no probe reaches."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0}
+    rope |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    rope |= {"original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.1}
+    words = {**SHAPE, "max_position_embeddings": 512, "rope_parameters": rope}
+    config = Ministral3Config(**words, vocab_size=300, hidden_size=32, head_dim=16)
+    model = Ministral3ForCausalLM(config).eval()
+    accept_layouts(model)
+    with pytest.raises(ValueError, match="its positions do more"):
+        FusedLayers(model)
+    assert making(model)[0] is StaticDecoder
 
 
 @pytest.mark.parametrize("bias", [True, False])

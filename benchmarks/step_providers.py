@@ -75,8 +75,15 @@ class Models:
         for model in (ours, teacher_model):
             if reason := enable_packing(model):
                 raise RuntimeError(f"cannot read packed batches: {reason}")
-        layers = fused_layers(ours), fused_layers(teacher_model)
-        self.pair = Pair(ours, teacher_model, case.vocabulary, dtype, device, None, *layers)
+        self.pair = Pair(
+            ours,
+            teacher_model,
+            case.vocabulary,
+            dtype,
+            device,
+            student_layers=fused_layers(ours),
+            teacher_layers=fused_layers(teacher_model),
+        )
         self.trl_student: Any = make_student() if with_trl else None
 
 

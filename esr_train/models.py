@@ -306,23 +306,21 @@ class Pair:
         """
         core = transformer(model)
         layers = self.student_layers if model is self.student else self.teacher_layers
+        form = batch if takes_layouts(core) else batch.padded()
+        chosen = form.loss_rows if rows is None else form.loss_rows[rows]
         with self.autocast():
             if layers is not None:
-                chosen = batch.loss_rows if rows is None else batch.loss_rows[rows]
-                return layers.read(batch, chosen).to(self.dtype)
-            if takes_layouts(core):
-                hidden = _hidden_states(core, batch, PackedLayout(batch))
-                loss_rows = batch.loss_rows
+                states = layers.read(batch, chosen)
+            elif isinstance(form, RolloutBatch):
+                states = gather_rows(_hidden_states(core, batch, PackedLayout(batch)), chosen)
             else:
-                padded = batch.padded()
                 output = core.get_decoder()(
-                    input_ids=padded.input_ids,
-                    attention_mask=padded.attention_mask.long(),
-                    position_ids=padded.position_ids,
+                    input_ids=form.input_ids,
+                    attention_mask=form.attention_mask.long(),
+                    position_ids=form.position_ids,
                     use_cache=False,
                 )
-                hidden, loss_rows = output.last_hidden_state, padded.loss_rows
-            states = gather_rows(hidden, loss_rows if rows is None else loss_rows[rows])
+                states = gather_rows(output.last_hidden_state, chosen)
         return states.to(self.dtype)
 
     @torch.inference_mode()
@@ -387,5 +385,13 @@ def load_pair(
         if reason := enable_packing(model):
             warnings.warn(f"the {role} reads padded batches: {reason}", stacklevel=2)
     dtype = compute_dtype(config, device)
-    layers = fused_layers(student), fused_layers(teacher)
-    return Pair(student, teacher, vocabulary, dtype, device, bridge, *layers)
+    return Pair(
+        student,
+        teacher,
+        vocabulary,
+        dtype,
+        device,
+        bridge,
+        student_layers=fused_layers(student),
+        teacher_layers=fused_layers(teacher),
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esr_kernels.checks import choose_impl, error
 from esr_kernels.layers import reference
-from esr_kernels.layers.autograd import AddRMSNorm, Gated, RMSNorm, Rotate, needs_gradient
+from esr_kernels.layers.autograd import AddRMSNorm, Gated, RMSNorm, Rotate
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -47,7 +47,7 @@ def rms_norm(
         ValueError: naming the argument, what was expected and what came.
     """
     backend = _norm_backend(impl, x, weight)
-    if not needs_gradient(x, weight):
+    if not torch.is_grad_enabled():
         return backend.run_rms_norm(x, weight, eps, offset)
     normed: Tensor = RMSNorm.apply(x, weight, eps, offset, backend)
     return normed
@@ -111,7 +111,7 @@ def rotate(
     """
     _check_rotation(query, key, cos, sin)
     backend = _backend(impl, query)
-    if not needs_gradient(query, key):
+    if not torch.is_grad_enabled():
         return backend.run_rotate(query, key, cos, sin)
     query, key = Rotate.apply(query, key, cos, sin, backend)
     return query, key
@@ -238,7 +238,7 @@ def gated(gate: Tensor, up: Tensor, activation: str, impl: str = "auto") -> Tens
         ValueError: naming the argument, what was expected and what came.
     """
     backend = _gated_backend(impl, gate, up, activation)
-    if not needs_gradient(gate, up):
+    if not torch.is_grad_enabled():
         return backend.run_gated(gate, up, activation)
     product: Tensor = Gated.apply(gate, up, activation, backend)
     return product

@@ -9,10 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.launch import INTERPRETED, on_device_of
+from esr_kernels.layers.kernels import turn
 from esr_kernels.layers.reference import Norms
 
 SLOTS_BYTES = 2**14  # of keys that a program takes at once
@@ -79,14 +80,9 @@ def rotate_and_store_kernel(
         low *= factor * (weight + offset)
         weight = tl.load(norm_ptr + half + dims, mask=inside, other=0.0).to(tl.float32)
         high *= factor * (weight + offset)
-    cos = cos_ptr + token * cos_stride + dims
-    sin = sin_ptr + token * sin_stride + dims
-    low_cos = tl.load(cos, mask=inside, other=0.0).to(tl.float32)
-    high_cos = tl.load(cos + half, mask=inside, other=0.0).to(tl.float32)
-    low_sin = tl.load(sin, mask=inside, other=0.0).to(tl.float32)
-    high_sin = tl.load(sin + half, mask=inside, other=0.0).to(tl.float32)
-    turned_low = low * low_cos - high * low_sin
-    turned_high = high * high_cos + low * high_sin
+    cos_ptr += token * cos_stride
+    sin_ptr += token * sin_stride
+    turned_low, turned_high = turn(low, high, cos_ptr, sin_ptr, dims, half, BACKWARD=False)
     tl.store(place + dims, turned_low, mask=inside)
     tl.store(place + half + dims, turned_high, mask=inside)
     if HAS_CACHE:

@@ -79,6 +79,23 @@ def rms_norm_backward_kernel(
 
 
 @triton.jit
+def turn(low, high, cos_ptr, sin_ptr, dims, half, BACKWARD: tl.constexpr):
+    """Both halves of a head by the angles of its token, or by the transposed rotation."""
+    inside = dims < half
+    low_cos = tl.load(cos_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    high_cos = tl.load(cos_ptr + half + dims, mask=inside, other=0.0).to(tl.float32)
+    low_sin = tl.load(sin_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    high_sin = tl.load(sin_ptr + half + dims, mask=inside, other=0.0).to(tl.float32)
+    if BACKWARD:
+        turned_low = low * low_cos + high * high_sin
+        turned_high = high * high_cos - low * low_sin
+    else:
+        turned_low = low * low_cos - high * low_sin
+        turned_high = high * high_cos + low * high_sin
+    return turned_low, turned_high
+
+
+@triton.jit
 def rotate_kernel(
     query_ptr, key_ptr, cos_ptr, sin_ptr, turned_query_ptr, turned_key_ptr,
     query_token, query_head, key_token, key_head, cos_stride, sin_stride,
@@ -98,20 +115,19 @@ def rotate_kernel(
         target = turned_query_ptr + (token * num_queries + head) * 2 * half + dims
     low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
-    cos = cos_ptr + token * cos_stride + dims
-    sin = sin_ptr + token * sin_stride + dims
-    low_cos = tl.load(cos, mask=inside, other=0.0).to(tl.float32)
-    high_cos = tl.load(cos + half, mask=inside, other=0.0).to(tl.float32)
-    low_sin = tl.load(sin, mask=inside, other=0.0).to(tl.float32)
-    high_sin = tl.load(sin + half, mask=inside, other=0.0).to(tl.float32)
-    if BACKWARD:
-        turned_low = low * low_cos + high * high_sin
-        turned_high = high * high_cos - low * low_sin
-    else:
-        turned_low = low * low_cos - high * low_sin
-        turned_high = high * high_cos + low * high_sin
+    cos_ptr += token * cos_stride
+    sin_ptr += token * sin_stride
+    turned_low, turned_high = turn(low, high, cos_ptr, sin_ptr, dims, half, BACKWARD)
     tl.store(target, turned_low, mask=inside)
     tl.store(target + half, turned_high, mask=inside)
+
+
+@triton.jit
+def openness(x, SILU: tl.constexpr):
+    """What an activation multiplies x by."""
+    # Of GELU: (1 + tanh(y)) / 2 = sigmoid(2 y).
+    inner = x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return tl.sigmoid(tl.maximum(inner, -80.0))  # beyond, exp() overflows
 
 
 @triton.jit
@@ -124,9 +140,7 @@ def gated_kernel(
     inside = columns < num_columns
     x = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    # Of GELU: (1 + tanh(y)) / 2 = sigmoid(2 y).
-    inner = x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    output = x * tl.sigmoid(tl.maximum(inner, -80.0)) * up  # beyond, exp() overflows
+    output = x * openness(x, SILU) * up
     tl.store(output_ptr + row * num_columns + columns, output, mask=inside)
 
 
@@ -143,13 +157,8 @@ def gated_backward_kernel(
     x = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     near = tl.minimum(tl.maximum(x, -80.0), 80.0)  # beyond, the slope is 0 or 1
-    if SILU:
-        inner = near
-        slope = 1.0
-    else:
-        inner = tl.maximum(1.5957691216057308 * (near + 0.044715 * near * near * near), -80.0)
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
-    share = tl.sigmoid(inner)
+    slope = 1.0 if SILU else 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+    share = openness(near, SILU)
     active = x * share
     derivative = share + near * share * (1.0 - share) * slope
     place = row * num_columns + columns

@@ -125,7 +125,9 @@ class _LoraProducts(torch.autograd.Function):
                 output = linear(rows, weight, bias)
                 low = rows @ down.T
                 output.addmm_(low, up.T, alpha=scaling)
-                outputs.append(output.view(*x.shape[:-1], len(weight)))
+                # No view to autograd: a model may change its projections in place.
+                shape = *x.shape[:-1], len(weight)
+                outputs.append(torch.ops.aten._unsafe_view(output, shape))
                 saved += [weight, down, up, low]
         ctx.save_for_backward(*((rows, None) if gate is None else (x, gate)), *saved)
         ctx.scalings, ctx.activation = scalings, activation

@@ -209,6 +209,17 @@ def test_rotate_and_store(impl, dtype, with_norms, dim, value_dim, place):
 
 
 @both
+def test_autocast_does_not_reach_gradients(impl):
+    x, weight = random(5, 64).requires_grad_(), random(64).requires_grad_()
+    grads = []
+    for enabled in (False, True):
+        loss = rms_norm(x, weight, eps=1e-3, impl=impl).square().sum()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(loss, [x, weight]))
+    assert all(map(torch.equal, *grads))
+
+
+@both
 @dtypes
 @pytest.mark.parametrize("dim", [8, 80])
 def test_rotate(impl, dtype, dim):

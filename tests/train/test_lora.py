@@ -101,6 +101,20 @@ def test_of_a_gated_product(dtype, autocast, trains_gate):
         assert relative_error(found, expected.double()) < (0.02 if autocast else 1e-5)
 
 
+def test_its_output_may_be_changed_in_place():
+    """As OLMo clips its queries, keys and values."""
+    model, layer = make_layer()
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+
+    def run(layer, x):
+        return layer(x).clamp_(min=-0.5, max=0.5)
+
+    expected = results(layer, x, run)
+    fuse_adapters(model)
+    for found, truth in zip(results(layer, x, run), expected, strict=True):
+        torch.testing.assert_close(found, truth)
+
+
 def test_only_what_is_needed():
     model, layer = make_layer()
     fuse_adapters(model)

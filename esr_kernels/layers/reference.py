@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -105,7 +106,8 @@ def run_rotate_and_store(
     slots: Tensor | None,
 ) -> None:
     cos, sin = _wide(cos).unsqueeze(1), _wide(sin).unsqueeze(1)
-    for states in (query, key):
+    both = _side_by_side(query, key) if norms is None else None
+    for states in (query, key) if both is None else (both,):
         x = _wide(states)
         if norms is not None:
             weight = norms[0] if states is query else norms[1]
@@ -121,6 +123,16 @@ def run_rotate_and_store(
             part[tokens if rows is None else rows, :, slots] = states
 
 
+def _side_by_side(query: Tensor, key: Tensor) -> Tensor | None:
+    """[T, Hq + Hk, D], a view, where a joint projection left them so."""
+    end = query.storage_offset() + query.shape[1] * query.stride(1)
+    same = query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    if not same or query.stride() != key.stride() or key.storage_offset() != end:
+        return None
+    heads = query.shape[1] + key.shape[1]
+    return query.as_strided((len(query), heads, query.shape[2]), query.stride())
+
+
 def run_decode_attention(
     query: Tensor,
     keys: Tensor,
@@ -131,25 +143,39 @@ def run_decode_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    # Where looking is free, slots that are not in use are left out.
-    end = int(last) + 1 if last.device.type == "cpu" else keys.shape[2]
-    keys, values = keys[:, :, :end], values[:, :, :end]
-    slots = torch.arange(end, device=query.device)
-    seen = slots >= first.unsqueeze(1)
-    if last.device.type != "cpu":
-        seen &= slots <= last
-    if window is not None:
-        seen &= slots > last - window
+    # Where looking is free, slots that are not in use are left out, and layers share their mask.
+    if last.device.type == "cpu":
+        end = int(last) + 1
+        keys, values = keys[:, :, :end], values[:, :, :end]
+        mask = _mask_up_to(end, tuple(first.tolist()), window, query.dtype)
+    else:
+        mask = _mask(first, last, keys.shape[2], window, query.dtype)
     # The heads of a key head are queries of it: nothing need be repeated.
     grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[2])
-    mask = seen[:, None, None]
     if softcap is None:
         output = scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
     else:
         scores = _wide(grouped @ keys.transpose(2, 3)) * (scale / softcap)
-        weights = (softcap * scores.tanh()).masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        weights = (softcap * scores.tanh()).add_(mask).softmax(dim=-1)
         output = weights.to(values.dtype) @ values
     return output.reshape(*query.shape[:2], -1)
+
+
+def _mask(
+    first: Tensor, last: Tensor, num_slots: int, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """[B, 1, 1, num_slots], 0 where a slot is seen, else -inf."""
+    slots = torch.arange(num_slots, device=first.device)
+    unseen = (slots < first.unsqueeze(1)) | (slots > last)
+    if window is not None:
+        unseen |= slots <= last - window
+    mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
+    return mask[:, None, None]
+
+
+@lru_cache(maxsize=4)  # kinds of layers in a model
+def _mask_up_to(end: int, first: tuple[int, ...], window: int | None, dtype: torch.dtype) -> Tensor:
+    return _mask(torch.tensor(first), torch.tensor([end - 1]), end, window, dtype)
 
 
 def run_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -5,12 +5,17 @@ It draws the kernel's noise, so that both choose the same tokens from the same s
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from esr_kernels.sampling.state import INFINITE, LANES, NO_MASS, SamplingState
 
 _WORD = 0xFFFFFFFF
+# Of noise on a CPU, where a small tensor's operation is mostly its call: so many numbers are drawn
+# at once, for later steps too, but for no more steps than these.
+_NUMBERS, _STEPS = 1 << 17, 8
 
 
 def torch_sample(
@@ -22,16 +27,17 @@ def torch_sample(
     peak = x.amax(dim=1, keepdim=True)
     noise = None
     if temperature:
-        noise = exponential(random_words(state.seed, state.steps, logits.shape[1]))
+        noise = drawn_noise(state, logits.shape[1])
     # Where looking is free, rows without NaN, +inf or nothing but -inf save themselves the care.
-    if logits.device.type == "cpu" and bool((peak.abs() < INFINITE).all()):
+    is_free = logits.device.type == "cpu"
+    if is_free and all(abs(value) < INFINITE for value in peak.flatten().tolist()):
         token, logprob = _choose(x, peak, noise, temperature)
     else:
         is_nan = x.isnan()
         x = x.masked_fill(is_nan, NO_MASS).clamp(NO_MASS, INFINITE)
         peak = x.amax(dim=1, keepdim=True)
         if noise is not None:
-            noise.masked_fill_(x >= INFINITE, 1)
+            noise = noise.masked_fill(x >= INFINITE, 1)
         token, logprob = _choose(x, peak, noise, temperature)
         massless = peak.squeeze(1) <= NO_MASS
         token = token.masked_fill(massless, 0)
@@ -70,15 +76,40 @@ def _choose(
     return token.squeeze(1), z.gather(1, token).squeeze(1) - total.log()
 
 
+def drawn_noise(state: SamplingState, num_columns: int) -> Tensor:
+    """E of `exponential`, [B, V], for the next step; not to be written to."""
+    num_rows = len(state.steps)
+    num_steps = min(_NUMBERS // max(num_rows * num_columns, 1), _STEPS)
+    if state.steps.device.type == "cpu" and num_steps > 1:
+        steps = set(state.steps.tolist())
+        if len(steps) == 1:
+            first, later = divmod(steps.pop(), num_steps)
+            seed = int(state.seed)
+            return _several_steps(seed, first * num_steps, num_steps, num_rows, num_columns)[later]
+    return exponential(random_words(state.seed, state.steps, num_columns))
+
+
+@lru_cache(maxsize=1)
+def _several_steps(
+    seed: int, first: int, num_steps: int, num_rows: int, num_columns: int
+) -> Tensor:
+    """Noise [S, B, V] of as many steps from the first on."""
+    steps = torch.arange(first, first + num_steps).unsqueeze(1).expand(-1, num_rows)
+    return exponential(random_words(torch.tensor([seed]), steps, num_columns))
+
+
 def random_words(seed: Tensor, steps: Tensor, num_columns: int) -> Tensor:
-    """[B, V] int64 in 0..2**32 - 1: a word a column, from (seed, row, step, column) alone."""
+    """[..., B, V] int64 in 0..2**32 - 1, steps being [..., B]: a word a column.
+
+    From (seed, row, step, column) alone.
+    """
     lanes = min(LANES, num_columns)
     num_blocks = -(-num_columns // (4 * LANES))
     blocks = torch.arange(num_blocks, device=seed.device).unsqueeze(1) * LANES
-    calls = (blocks + torch.arange(lanes, device=seed.device)).unsqueeze(0)
-    rows = torch.arange(len(steps), device=seed.device).reshape(-1, 1, 1)
-    words = philox(seed, calls, rows, steps.long().reshape(-1, 1, 1), torch.zeros_like(calls))
-    return torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1)[:, :num_columns]
+    calls = blocks + torch.arange(lanes, device=seed.device)
+    rows = torch.arange(steps.shape[-1], device=seed.device).reshape(-1, 1, 1)
+    words = philox(seed, calls, rows, steps.long()[..., None, None], torch.zeros_like(calls))
+    return torch.stack(words, dim=-2).flatten(-3)[..., :num_columns]
 
 
 def philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
@@ -87,16 +118,19 @@ def philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
     Lower halves of products are cut to 32 bits only where upper halves meet them: of a product's 64
     bits, int64 takes the uppermost for the sign, which that cut mends too.
     """
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (words.clone() for words in torch.broadcast_tensors(*counter))
+    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     rounds = torch.arange(10, device=seed.device)
     keys0 = (seed & _WORD) + rounds * 0x9E3779B9
     keys1 = (seed >> 32) + rounds * 0xBB67AE85
     for k0, k1 in zip(keys0.unbind(), keys1.unbind(), strict=True):
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0 = ((product1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_WORD)
-        c2 = ((product0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_WORD)
-        c1, c3 = product1, product0
-    return c0, c1 & _WORD, c2, c3 & _WORD
+        torch.mul(c0, 0xD2511F53, out=product0)
+        torch.mul(c2, 0xCD9E8D57, out=product1)
+        for word, product, low, key in ((c0, product1, c1, k0), (c2, product0, c3, k1)):
+            torch.bitwise_right_shift(product, 32, out=word)
+            word.bitwise_xor_(low).bitwise_xor_(key).bitwise_and_(_WORD)
+        c1, product1, c3, product0 = product1, c1, product0, c3
+    return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
 
 def exponential(words: Tensor) -> Tensor:

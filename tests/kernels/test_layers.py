@@ -209,6 +209,20 @@ def test_rotate_and_store(impl, dtype, with_norms, dim, value_dim, place):
 
 
 @both
+@pytest.mark.parametrize(("query_at", "key_at"), [(0, 4), (0, 5), (2, 0), (0, None)])
+def test_queries_and_keys_lie_where_they_like(impl, query_at, key_at):
+    heads = random(5, 7, 8)
+    query = heads[:, query_at : query_at + 4]
+    key = random(5, 2, 8) if key_at is None else heads[:, key_at : key_at + 2]
+    angles = random(5, 8)
+    cos, sin = angles.cos(), angles.sin()
+    truths = [turned(x, cos, sin, None, 0.0, 0.0) for x in (query, key)]
+    rotate_and_store(query, key, key, cos, sin, impl=impl)
+    assert_close(query, truths[0], torch.float32)
+    assert_close(key, truths[1], torch.float32)
+
+
+@both
 def test_autocast_does_not_reach_gradients(impl):
     x, weight = random(5, 64).requires_grad_(), random(64).requires_grad_()
     grads = []

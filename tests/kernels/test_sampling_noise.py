@@ -10,7 +10,7 @@ from kl_cases import DEVICE, IMPLS
 from sampling_cases import draw, make_state
 
 from esr_kernels.sampling import kernels
-from esr_kernels.sampling.reference import exponential, philox, random_words
+from esr_kernels.sampling.reference import drawn_noise, exponential, philox, random_words
 
 WORD = 0xFFFFFFFF
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
@@ -63,6 +63,22 @@ def test_words_follow_seed_row_step_and_column(seed: int) -> None:
         for column in (0, 1, 1023, 1024, 4095, 4096, 5121, 8999):
             assert words[row, column] == word(seed, row, step, column), (row, column)
     assert torch.equal(random_words(torch.tensor([seed]), steps[:2], 700), words[:2, :700])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (3, 700), (8, 4096), (2, 9000), (1, 1 << 17)]
+)
+def test_noise_of_later_steps_is_drawn_ahead_and_no_other(rows: int, columns: int) -> None:
+    state = make_state(rows, 40)
+    for seed in (7, -8):
+        state.reset(seed)
+        for step in [0, 1, 2, 3, 7, 8, 9, 30, 1 << 20, 2]:
+            state.steps.fill_(step)
+            expected = exponential(random_words(state.seed, state.steps, columns))
+            assert torch.equal(drawn_noise(state, columns), expected), step
+    state.steps.copy_(torch.arange(rows))
+    expected = exponential(random_words(state.seed, state.steps, columns))
+    assert torch.equal(drawn_noise(state, columns), expected)
 
 
 @triton.jit

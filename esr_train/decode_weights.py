@@ -10,8 +10,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from esr_train.attention import accept_layouts
-from esr_train.fused import stack_projections
-from esr_train.linear import PackedLinear, packed_linears
+from esr_train.fused import lay_out
+from esr_train.linear import PackedLinear, column_major, packed_linears
 
 
 def merged_weight(layer: Any, out: Tensor | None = None) -> Tensor:
@@ -45,9 +45,9 @@ class DecodeWeights:
     """A twin of `model` to decode with: adapters merged, weights in `dtype`, refreshed on demand.
 
     Tensors that need neither are the model's own: without LoRA and in the model's dtype the twin
-    costs nothing, but for the copies of `packed_linears` on a CPU. Merging rounds once, to `dtype`:
-    exact in float32, in bfloat16 as exact as any other rounding of a step. With merge=False the
-    adapters stay at work.
+    costs nothing, but for copies that a CPU reads faster (`esr_train.linear`). Merging rounds once,
+    to `dtype`: exact in float32, in bfloat16 as exact as any other rounding of a step. With
+    merge=False the adapters stay at work.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, merge: bool = True) -> None:
@@ -61,17 +61,29 @@ class DecodeWeights:
         self._copied: list[tuple[Tensor, Tensor]] = []  # a weight, the twin's of its own
         if merge:
             self._merge_adapters(model, dtype)
+        if model.dtype == dtype:
+            self._turn_head()
         self._cast_weights(dtype)
         self._packed = packed_linears(self.model.get_decoder())
         for _, plain in self._merged:
             if plain in self._packed:  # straight from what is merged
                 self._packed.remove(plain)
                 plain.weight = None
-        self._stack()
+        self._lay_out()
         self.refresh()
 
-    def _stack(self) -> None:
-        """Projections that are one product, where their weights are the twin's own."""
+    def _turn_head(self) -> None:
+        """A copy of a head that is read faster in another order: tied embeddings keep theirs."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not torch.nn.Linear:
+            return
+        weight = column_major(head.weight.detach())
+        if weight.stride() != head.weight.stride():
+            source, head.weight = head.weight, torch.nn.Parameter(weight, requires_grad=False)
+            self._copied.append((source, head.weight))
+
+    def _lay_out(self) -> None:
+        """Weights that are the twin's own, as they are read fastest."""
         own = {id(plain.weight) for _, plain in self._merged}
         own |= {id(weight) for _, weight in self._copied}
         for _, plain in self._merged:
@@ -80,7 +92,7 @@ class DecodeWeights:
                 self._copied.append((plain.bias, bias))
                 own.add(id(bias))
                 plain.bias = bias
-        stack_projections(self.model, lambda weight: id(weight) in own)
+        lay_out(self.model.get_decoder(), lambda weight: id(weight) in own)
 
     def _merge_adapters(self, model: Any, dtype: torch.dtype) -> None:
         for name, layer in model.named_modules():
@@ -98,14 +110,14 @@ class DecodeWeights:
                 if weight.dtype == dtype or not weight.is_floating_point():
                     continue
                 if id(weight) not in twins:
-                    twin = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-                    twins[id(weight)] = torch.nn.Parameter(twin, requires_grad=False)
+                    twin = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+                    twins[id(weight)] = twin
                     self._copied.append((weight, twins[id(weight)]))
                 setattr(module, name, twins[id(weight)])
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the model's present weights; on a GPU in place: a captured graph sees them."""
+        """Take over what has trained; on a GPU in place: a captured graph sees it."""
         for layer, plain in self._merged:
             if isinstance(plain, PackedLinear):
                 plain.pack(merged_weight(layer))
@@ -115,6 +127,7 @@ class DecodeWeights:
                 if merged is not weight:
                     weight.copy_(merged)
         for source, weight in self._copied:
-            weight.copy_(source)
+            if source.requires_grad:
+                weight.copy_(source)
         for linear in self._packed:
             linear.pack(linear.weight)

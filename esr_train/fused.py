@@ -6,7 +6,7 @@ does is tried, not looked up: `models.fused_layers` and `decoder.best_decoder` c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from inspect import signature
 from typing import Any
 
@@ -19,6 +19,7 @@ from esr_kernels import RolloutBatch, gather_rows
 from esr_kernels.layers import add_rms_norm, rms_norm, rotate, rotate_and_store
 from esr_kernels.layers.reference import ACTIVATIONS
 from esr_train.attention import PackedLayout, Scores, no_mask
+from esr_train.linear import column_major
 from esr_train.lora import project, project_gated
 
 # The modules of Llama's kind, by the names that Transformers gives them.
@@ -84,36 +85,45 @@ class Projections:
         return linear(hidden, *self.joint).split(self.sizes, dim=1)
 
 
-def stack_projections(model: Any, may_move: Callable[[Tensor], bool]) -> None:
-    """Lay the weights of projections of one input one behind another, where all of them may move.
+def lay_out(model: Any, may_move: Callable[[Tensor], bool]) -> None:
+    """Lay the weights of linear layers, where they may move, as they are read fastest.
 
-    They stay the parameters that they are.
+    Those of projections of one input one behind another. They stay the parameters that they are.
     """
-    for module in model.modules():
+    for layers in _by_input(model):
+        for name in ("weight", "bias"):
+            parts = [getattr(layer, name) for layer in layers]
+            if all(part is not None and may_move(part) for part in parts):
+                whole = torch.cat([part.detach() for part in parts]) if parts[1:] else parts[0].data
+                whole = column_major(whole) if name == "weight" else whole
+                for part, rows in zip(parts, whole.split([len(x) for x in parts]), strict=True):
+                    part.data = rows
+
+
+def _by_input(model: Any) -> Iterator[list[torch.nn.Linear]]:
+    """The linear layers of `model`, projections of one input together."""
+    stacked: set[Any] = set()
+    for module in model.modules():  # parents come first
         for names in _STACKS:
-            layers = [getattr(module, name, None) for name in names]
-            if not all(type(layer) is torch.nn.Linear for layer in layers):
-                continue
-            for name in ("weight", "bias"):
-                parts = [getattr(layer, name) for layer in layers]
-                if all(part is not None and may_move(part) for part in parts):
-                    whole = torch.cat([part.detach() for part in parts])
-                    for part, rows in zip(parts, whole.split([len(x) for x in parts]), strict=True):
-                        part.data = rows
+            layers: list[Any] = [getattr(module, name, None) for name in names]
+            if all(type(layer) is torch.nn.Linear for layer in layers):
+                stacked.update(layers)
+                yield layers
+        if type(module) is torch.nn.Linear and module not in stacked:
+            yield [module]
 
 
 def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     """All of them as one tensor, if in memory they are: [sum of lengths, ...], a view."""
     first = tensors[0].detach()
-    end = first.data_ptr()
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
     for tensor in tensors:
         same = tensor.dtype == first.dtype and tensor.shape[1:] == first.shape[1:]
-        if not (same and tensor.is_contiguous() and tensor.data_ptr() == end):
+        same = same and tensor.stride() == first.stride()
+        same = same and tensor.untyped_storage().data_ptr() == storage
+        if not same or tensor.storage_offset() != offset:
             return None
-        end += tensor.nbytes
-    whole = first.untyped_storage()
-    if end > whole.data_ptr() + whole.nbytes():
-        return None  # neighbours by chance
+        offset += len(tensor) * first.stride(0)
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 

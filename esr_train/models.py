@@ -36,7 +36,7 @@ from esr_train.checkpoint import unreadable
 from esr_train.config import TrainConfig
 from esr_train.errors import UserError, first_line, loading_error
 from esr_train.estimators import sampled_reverse_kl, target_log_probs
-from esr_train.fused import FusedLayers, stack_projections
+from esr_train.fused import FusedLayers, lay_out
 from esr_train.lora import fuse_adapters
 
 # Relative change of a sequence's states when another one changes: none, but for an expert's rows
@@ -237,12 +237,12 @@ def _probes(core: Any) -> list[RolloutBatch]:
 def fused_layers(model: Any) -> FusedLayers | None:
     """To read packed batches with, where they compute what `model` does.
 
-    Frozen projections are laid one behind another. None too where it does not read packed batches.
+    Frozen weights are laid out for it. None too where it does not read packed batches.
     """
     core = transformer(model)
     if not takes_layouts(core):
         return None
-    stack_projections(core, lambda weight: not weight.requires_grad)
+    lay_out(core.get_decoder(), lambda weight: not weight.requires_grad)
     batch = _probes(core)[0]
     was_training = core.training
     try:

@@ -26,7 +26,7 @@ from esr_train.decoder import (
     best_decoder,
     no_host_reads,
 )
-from esr_train.fused import FusedLayers, Projections, stack_projections
+from esr_train.fused import FusedLayers, Projections, lay_out
 from esr_train.linear import PackedLinear
 
 PROMPTS = torch.tensor([[0, 0, 0, 7, 8, 9], [11, 12, 13, 14, 15, 16], [0, 0, 0, 0, 0, 21]])
@@ -133,9 +133,11 @@ def test_queries_that_grow_with_the_position_are_found_out():
     assert making(model)[0] is StaticDecoder
 
 
+@pytest.mark.parametrize("amd", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_stacked_projections_are_one_product(bias):
+def test_stacked_projections_are_one_product(bias, amd, monkeypatch):
+    monkeypatch.setattr("esr_train.linear.made_by_amd", lambda: amd)
     model = make_model("qwen2")
     attention = model.model.layers[0].self_attn
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -146,14 +148,17 @@ def test_stacked_projections_are_one_product(bias):
     x = torch.randn(5, 32)
     expected = [layer(x) for layer in layers]
     assert Projections(*layers).joint is None
-    stack_projections(attention, lambda weight: True)
+    lay_out(attention, lambda weight: True)
     assert Projections(*layers).joint is None  # what trains gets its own gradient
     attention.requires_grad_(False)
     parameters = [layer.weight for layer in layers]
-    stack_projections(attention, lambda weight: True)
+    lay_out(attention, lambda weight: True)
     assert all(layer.weight is old for layer, old in zip(layers, parameters, strict=True))
     joined = Projections(*layers)
     assert joined.joint is not None
+    by_columns = torch.backends.mkl.is_available() and not amd
+    for weight in (joined.joint[0], attention.o_proj.weight):
+        assert weight.stride() == ((1, len(weight)) if by_columns else (weight.shape[1], 1))
     attention.k_proj.weight.mul_(2)
     expected[1] = attention.k_proj(x)
     for found, truth in zip(joined(x), expected, strict=True):
@@ -240,12 +245,13 @@ def logits(model):
     return model(input_ids=PROMPTS[1:2], use_cache=False).logits
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layout", ["as it is", "packed", "by columns"])
 @pytest.mark.parametrize("merge", [True, False])
-def test_the_twin_computes_what_the_student_does(merge, packed, monkeypatch):
+def test_the_twin_computes_what_the_student_does(merge, layout, monkeypatch):
+    packed = layout == "packed"
     monkeypatch.setattr("esr_train.linear.FEWEST_WEIGHTS", 0 if packed else sys.maxsize)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("esr_train.linear.made_by_amd", lambda: True)
+    monkeypatch.setattr("esr_train.linear.made_by_amd", lambda: layout != "by columns")
     model = lora_student().train()
     core = model.get_base_model()
     weights = DecodeWeights(core, torch.float32, merge)
@@ -265,7 +271,34 @@ def test_the_twin_computes_what_the_student_does(merge, packed, monkeypatch):
     assert bool(names) is not merge
 
 
-def test_the_twin_of_a_plain_model_costs_nothing():
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_head_by_columns_follows_the_students(trains, monkeypatch):
+    monkeypatch.setattr("esr_train.linear.made_by_amd", lambda: False)
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
+    model = make_student()
+    embeddings = model.get_input_embeddings().weight
+    assert model.lm_head.weight is embeddings
+    embeddings.requires_grad_(trains)
+    twin = DecodeWeights(model, torch.float32)
+    head = twin.model.lm_head.weight
+    assert head.stride() == (1, 300)
+    assert torch.equal(head, embeddings)
+    assert twin.model.get_input_embeddings().weight is embeddings
+    assert embeddings.is_contiguous()
+    before = head.clone()
+    embeddings.data.mul_(2)
+    twin.refresh()
+    assert torch.equal(head, embeddings if trains else before)
+
+
+@pytest.fixture
+def no_copies(monkeypatch):
+    """On any CPU."""
+    monkeypatch.setattr("esr_train.linear.MOST_WEIGHTS", 0)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+
+
+def test_the_twin_of_a_plain_model_costs_nothing(no_copies):
     model = make_student()
     weights = DecodeWeights(model, torch.float32)
     assert weights.model is not model
@@ -302,7 +335,7 @@ def test_in_another_dtype_weights_are_rounded_once_and_stay_tied():
     found = twin.get_submodule("model.layers.1.mlp.up_proj").weight
     torch.testing.assert_close(merged_weight(layer).double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(found, merged_weight(layer).bfloat16())
-    core.model.norm.weight.data.fill_(3.0)
+    core.model.norm.weight.requires_grad_().data.fill_(3.0)
     weights.refresh()
     assert (twin.model.norm.weight == 3.0).all()
     assert twin.get_submodule("model.layers.1.mlp.up_proj").weight is found
@@ -327,7 +360,7 @@ def test_what_is_merged_already_is_not_merged_again():
     torch.testing.assert_close(logits(weights.model), logits(core.eval()))
 
 
-def test_only_adapted_layers_are_copied():
+def test_only_adapted_layers_are_copied(no_copies):
     model = lora_student(targets=["q_proj", "v_proj"])
     twin = DecodeWeights(model.get_base_model(), torch.float32).model
     own = {p.data_ptr() for p in model.parameters()}

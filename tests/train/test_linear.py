@@ -1,4 +1,4 @@
-"""Packed linear layers: the product of plain ones, and which layers they are."""
+"""How weights lie: packed linear layers are plain ones' product, and which change their order."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from numerics import assert_within_budget
 from torch.nn import Linear, Sequential
 from torch.nn.functional import linear
 
-from esr_train.linear import PackedLinear, packed_linears
+from esr_train.linear import MOST_WEIGHTS, PackedLinear, column_major, packed_linears
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 
@@ -67,3 +67,17 @@ def test_which_layers_are_packed(monkeypatch):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("esr_train.linear.made_by_amd", lambda: False)
     assert packed_linears(layers()) == []
+
+
+def test_which_weights_lie_by_columns(monkeypatch):
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
+    weight = torch.randn(7, 5)
+    assert column_major(weight) is weight
+    monkeypatch.setattr("esr_train.linear.made_by_amd", lambda: False)
+    turned = column_major(weight)
+    assert torch.equal(turned, weight)
+    assert turned.stride() == (1, 7)
+    for other in (weight.bfloat16(), weight.to("meta"), torch.empty(1, MOST_WEIGHTS + 1)):
+        assert column_major(other) is other
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: False)
+    assert column_major(weight) is weight

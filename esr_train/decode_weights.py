@@ -61,8 +61,7 @@ class DecodeWeights:
         self._copied: list[tuple[Tensor, Tensor]] = []  # a weight, the twin's of its own
         if merge:
             self._merge_adapters(model, dtype)
-        if model.dtype == dtype:
-            self._turn_head()
+        self._turn_head(dtype)
         self._cast_weights(dtype)
         self._packed = packed_linears(self.model.get_decoder())
         for _, plain in self._merged:
@@ -72,10 +71,11 @@ class DecodeWeights:
         self._lay_out()
         self.refresh()
 
-    def _turn_head(self) -> None:
+    def _turn_head(self, dtype: torch.dtype) -> None:
         """A copy of a head that is read faster in another order: tied embeddings keep theirs."""
         head = self.model.get_output_embeddings()
-        if type(head) is not torch.nn.Linear:
+        is_merged = any(head is plain for _, plain in self._merged)
+        if type(head) is not torch.nn.Linear or head.weight.dtype != dtype or is_merged:
             return
         weight = column_major(head.weight.detach())
         if weight.stride() != head.weight.stride():
@@ -92,7 +92,7 @@ class DecodeWeights:
                 self._copied.append((plain.bias, bias))
                 own.add(id(bias))
                 plain.bias = bias
-        lay_out(self.model.get_decoder(), lambda weight: id(weight) in own)
+        lay_out(self.model.get_decoder(), lambda weight: id(weight) in own, column_major)
 
     def _merge_adapters(self, model: Any, dtype: torch.dtype) -> None:
         for name, layer in model.named_modules():
@@ -117,7 +117,7 @@ class DecodeWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over what has trained; on a GPU in place: a captured graph sees it."""
+        """Take over the model's present weights; on a GPU in place: a captured graph sees them."""
         for layer, plain in self._merged:
             if isinstance(plain, PackedLinear):
                 plain.pack(merged_weight(layer))
@@ -127,7 +127,6 @@ class DecodeWeights:
                 if merged is not weight:
                     weight.copy_(merged)
         for source, weight in self._copied:
-            if source.requires_grad:
-                weight.copy_(source)
+            weight.copy_(source)
         for linear in self._packed:
             linear.pack(linear.weight)

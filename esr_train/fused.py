@@ -19,7 +19,6 @@ from esr_kernels import RolloutBatch, gather_rows
 from esr_kernels.layers import add_rms_norm, rms_norm, rotate, rotate_and_store
 from esr_kernels.layers.reference import ACTIVATIONS
 from esr_train.attention import PackedLayout, Scores, no_mask
-from esr_train.linear import column_major
 from esr_train.lora import project, project_gated
 
 # The modules of Llama's kind, by the names that Transformers gives them.
@@ -85,17 +84,22 @@ class Projections:
         return linear(hidden, *self.joint).split(self.sizes, dim=1)
 
 
-def lay_out(model: Any, may_move: Callable[[Tensor], bool]) -> None:
+def lay_out(
+    model: Any,
+    may_move: Callable[[Tensor], bool],
+    order: Callable[[Tensor], Tensor] = lambda weight: weight,
+) -> None:
     """Lay the weights of linear layers, where they may move, as they are read fastest.
 
-    Those of projections of one input one behind another. They stay the parameters that they are.
+    Those of projections of one input one behind another, in the order that `order` gives a weight.
+    They stay the parameters that they are.
     """
     for layers in _by_input(model):
         for name in ("weight", "bias"):
             parts = [getattr(layer, name) for layer in layers]
             if all(part is not None and may_move(part) for part in parts):
                 whole = torch.cat([part.detach() for part in parts]) if parts[1:] else parts[0].data
-                whole = column_major(whole) if name == "weight" else whole
+                whole = order(whole) if name == "weight" else whole
                 for part, rows in zip(parts, whole.split([len(x) for x in parts]), strict=True):
                     part.data = rows
 

@@ -37,7 +37,8 @@ from esr_train.config import TrainConfig
 from esr_train.errors import UserError, first_line, loading_error
 from esr_train.estimators import sampled_reverse_kl, target_log_probs
 from esr_train.fused import FusedLayers, lay_out
-from esr_train.lora import fuse_adapters
+from esr_train.linear import column_major
+from esr_train.lora import FusedLora, fuse_adapters
 
 # Relative change of a sequence's states when another one changes: none, but for an expert's rows
 # in another order.
@@ -237,12 +238,16 @@ def _probes(core: Any) -> list[RolloutBatch]:
 def fused_layers(model: Any) -> FusedLayers | None:
     """To read packed batches with, where they compute what `model` does.
 
-    Frozen weights are laid out for it. None too where it does not read packed batches.
+    Frozen projections are laid one behind another. None too where it does not read packed batches.
     """
     core = transformer(model)
     if not takes_layouts(core):
         return None
     lay_out(core.get_decoder(), lambda weight: not weight.requires_grad)
+    # Where the decoder's are by columns, so that merging need not turn them.
+    adapted = (module for module in core.modules() if isinstance(module, FusedLora))
+    bases = {id(module.factors().weight) for module in adapted if module.is_plain()}
+    lay_out(core.get_decoder(), lambda weight: id(weight) in bases, column_major)
     batch = _probes(core)[0]
     was_training = core.training
     try:

@@ -175,7 +175,8 @@ def _mask(
 
 @lru_cache(maxsize=4)  # kinds of layers in a model
 def _mask_up_to(end: int, first: tuple[int, ...], window: int | None, dtype: torch.dtype) -> Tensor:
-    return _mask(torch.tensor(first), torch.tensor([end - 1]), end, window, dtype)
+    starts, last = torch.tensor(first, device="cpu"), torch.tensor([end - 1], device="cpu")
+    return _mask(starts, last, end, window, dtype)
 
 
 def run_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -89,13 +89,14 @@ def drawn_noise(state: SamplingState, num_columns: int) -> Tensor:
     return exponential(random_words(state.seed, state.steps, num_columns))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)  # rollouts that take turns
 def _several_steps(
     seed: int, first: int, num_steps: int, num_rows: int, num_columns: int
 ) -> Tensor:
     """Noise [S, B, V] of as many steps from the first on."""
-    steps = torch.arange(first, first + num_steps).unsqueeze(1).expand(-1, num_rows)
-    return exponential(random_words(torch.tensor([seed]), steps, num_columns))
+    steps = torch.arange(first, first + num_steps, device="cpu").unsqueeze(1)
+    key = torch.tensor([seed], device="cpu")
+    return exponential(random_words(key, steps.expand(-1, num_rows), num_columns))
 
 
 def random_words(seed: Tensor, steps: Tensor, num_columns: int) -> Tensor:

@@ -81,6 +81,13 @@ def test_noise_of_later_steps_is_drawn_ahead_and_no_other(rows: int, columns: in
     assert torch.equal(drawn_noise(state, columns), expected)
 
 
+def test_noise_follows_no_default_device() -> None:
+    state = make_state(2, seed=12345)
+    with torch.device("meta"):
+        noise = drawn_noise(state, 50)
+    assert torch.equal(noise, exponential(random_words(state.seed, state.steps, 50)))
+
+
 @triton.jit
 def gumbel_kernel(words_ptr, noise_ptr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)

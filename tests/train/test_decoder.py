@@ -26,7 +26,7 @@ from esr_train.decoder import (
     best_decoder,
     no_host_reads,
 )
-from esr_train.fused import FusedLayers, Projections, lay_out
+from esr_train.fused import FusedLayers, Projections, adjacent, lay_out
 from esr_train.linear import PackedLinear, column_major
 from esr_train.lora import fuse_adapters
 from esr_train.models import disable_dropout, fused_layers
@@ -165,6 +165,18 @@ def test_stacked_projections_are_one_product(bias, amd, monkeypatch):
     expected[1] = attention.k_proj(x)
     for found, truth in zip(joined(x), expected, strict=True):
         torch.testing.assert_close(found, truth)
+
+
+def test_what_lies_behind_another_is_of_one_storage():
+    whole, other = torch.randn(6, 3), torch.randn(6, 3)
+    joined = adjacent([whole[:4], whole[4:]])
+    assert joined is not None
+    assert torch.equal(joined, whole)
+    for second in (other[4:], whole[3:], whole[4:].bfloat16(), whole.T[:, 4:].T[:, :2]):
+        assert adjacent([whole[:4], second]) is None
+    by_columns = adjacent([whole.T[:1], whole.T[1:]])
+    assert by_columns is not None
+    assert torch.equal(by_columns, whole.T)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "eager", "sdpa"])
